@@ -1,0 +1,1530 @@
+"""FactoryApp: an HTTP API whose messages a Telegram bot repeats in the chats that people linked to their accounts.
+
+One message's journey:
+  1. POST /api/messages/ checks who asks and what is sent (HTTP);
+  2. one transaction stores the message and an outbox row for each Telegram message it becomes (Store);
+  3. once that is on disk, 201 is answered;
+  4. a sender thread takes the oldest row of a chat nobody else is sending to, sends it, and settles it (Outbox);
+  5. what people write to the bot arrives on the polling thread and takes the same way (Bot).
+
+Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks in the terminal.
+"""
+import argparse
+import base64
+import fcntl
+import functools
+import hashlib
+import hmac
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import unicodedata
+import urllib.parse
+from collections import OrderedDict, deque
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import GeneratorType
+
+import jwt
+import requests
+import telebot
+import waitress
+from bottle import Bottle, HTTPError, HTTPResponse, request, response
+from telebot import apihelper
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.task import ErrorTask, ThreadedTaskDispatcher
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+# What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit in its name.
+
+SCHEMA_VERSION = 1
+ACCESS_TOKEN_SECONDS = 5 * 60
+REFRESH_TOKEN_SECONDS = 24 * 3600
+LINK_TOKEN_SECONDS = 10 * 60
+SECRET_MIN_BYTES = 32  # RFC 7518, section 3.2
+
+MAX_USERNAME = 150  # code points, as the other MAX_ lengths
+MIN_PASSWORD = 8
+MAX_PASSWORD = 1024
+MAX_TEXT = 16_384
+MAX_BODY_BYTES = 64 * 1024
+MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096  # JSON may spell one code point as 12 bytes: \ud83d\ude00
+LIST_PAGE_ROWS = 500
+
+SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
+HASHES_AT_ONCE = 2
+LOGIN_WINDOW_SECONDS = 5 * 60
+LOGIN_FAILURES_PER_NAME = 10  # from one address, in the window
+LOGIN_FAILURES_PER_ADDRESS = 100
+LOGIN_KEYS_REMEMBERED = 20_000
+
+TELEGRAM_MAX_TEXT = 4096  # code points in one message (Bot API, sendMessage)
+SENDERS = 8  # threads
+SENDS_PER_SECOND = 30  # Telegram's limit for one bot
+SEND_TIMEOUT_SECONDS = 20
+LONG_POLL_SECONDS = 25
+BACKOFF_MAX_SECONDS = 5 * 60
+POLL_BACKOFF_MAX_SECONDS = 30
+RETRY_AFTER_MAX_SECONDS = 3600  # more than Telegram ever asked for
+UPDATE_TRIES = 3
+
+QUICK_THREADS = 4
+CONNECTIONS = 200
+REQUEST_SECONDS = 20  # to send a whole request, or to take some of an answer
+REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
+DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
+STOP_SECONDS = 1  # what a clean stop grants to those at work
+
+log = logging.getLogger("factoryapp")
+
+
+class settings:
+    """What main() was told; tests set it too."""
+
+    db = "factoryapp.db"
+    secret = None  # bytes: FACTORYAPP_SECRET, in place of the key in the database
+    trusted_proxy = None  # address whose X-Forwarded-For is believed
+
+
+def now():
+    """Seconds since 1970."""
+    return time.time()
+
+
+def iso(seconds):
+    """ISO 8601 in UTC, to the microsecond, as Django REST framework writes it."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+# --- Long texts -------------------------------------------------------------------------------------------------------
+
+
+def is_inside_cluster(text, i):
+    """Whether a cut before text[i] would go through what people see as one character (the usual cases of UAX #29)."""
+    before, after = text[i - 1], text[i]
+    is_flag = [0x1F1E6 <= ord(c) <= 0x1F1FF for c in (before, after)]
+    if all(is_flag):  # flags are pairs of these letters: count those before the cut
+        return len(re.search("[\U0001F1E6-\U0001F1FF]*$", text[max(0, i - 256):i])[0]) % 2 == 1
+    return (unicodedata.category(after) in ("Mn", "Mc", "Me") or "\u200d" in (before, after)  # accents, joined emoji
+            or after in "\u200c\u0e33\u0eb3\uff9e\uff9f" or "\U0001f3fb" <= after <= "\U0001f3ff"  # vowels, skin tones
+            or "\U000e0020" <= after <= "\U000e007f" or before + after == "\r\n"
+            or "\u1160" <= after <= "\u11ff" or "\u1100" <= before <= "\u115f" and "\u1100" <= after <= "\ud7a3"  # Hangul
+            or unicodedata.combining(before) == 9 and after.isalpha())  # Indic conjuncts
+
+
+def split_text(text, limit=TELEGRAM_MAX_TEXT):
+    """The text as parts of at most `limit` code points, none blank: cut after a line or word that ends in a part's second half."""
+    parts = []
+    while len(text) > limit:
+        cuts = [i for i in range(limit, limit // 2, -1) if not is_inside_cluster(text, i)] or [limit]
+        after_line = (i for i in cuts if text[i - 1] == "\n")
+        after_word = (i for i in cuts if text[i - 1].isspace())
+        cut = next(after_line, None) or next(after_word, cuts[0])
+        parts.append(text[:cut])
+        text = text[cut:]
+    return [part for part in (*parts, text) if part.strip()]
+
+
+# --- Store ------------------------------------------------------------------------------------------------------------
+# One connection a thread. Functions take `db` first, so that the caller's `with transaction() as db:` shows what is atomic.
+
+
+class BadSetting(Exception):
+    """The server cannot start as it was told to; the text tells the operator what to do."""
+
+
+class Connection(sqlite3.Connection):
+    """A connection that knows which chats its open transaction queued something for."""
+
+    queued_for = None  # set of (bot id, chat id)
+
+
+local = threading.local()
+write_lock = threading.Lock()
+
+
+def connection():
+    """This thread's connection to the database, opened at first use."""
+    if getattr(local, "path", None) != settings.db:
+        db = sqlite3.connect(settings.db, timeout=DATABASE_BUSY_SECONDS, isolation_level=None, factory=Connection)
+        db.row_factory = sqlite3.Row
+        db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
+        db.execute("PRAGMA foreign_keys = ON")
+        local.db, local.path = db, settings.db
+    return local.db
+
+
+@contextmanager
+def transaction():
+    """One write, all or nothing, on disk when it ends. Raises sqlite3.OperationalError when others write for too long."""
+    db = connection()
+    if not write_lock.acquire(timeout=DATABASE_BUSY_SECONDS):
+        raise sqlite3.OperationalError("database is locked by a thread of ours")
+    try:
+        db.queued_for = set()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException as error:
+            if "FSYNC" in getattr(error, "sqlite_errorname", ""):
+                log.critical("the disk failed to store a commit: ending, since what memory holds can no longer be trusted")
+                os._exit(1)
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+    finally:
+        write_lock.release()
+    for bot_id, chat_id in db.queued_for:
+        turns.wake(bot_id, chat_id)
+
+
+def open_store():
+    """Make or update the database. Raises BadSetting when this cannot be the database of this version."""
+    try:
+        with open(settings.db, "ab"):
+            os.chmod(settings.db, 0o600)
+        db = connection()
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise BadSetting(f"The database {settings.db} is from a newer version of FactoryApp: start that version, or name "
+                             "another file with --db.")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.executescript(f"BEGIN IMMEDIATE; {Path(__file__).with_name('schema.sql').read_text('utf-8')} "
+                         f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        with transaction() as db:
+            db.execute("INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
+                       (secrets.token_bytes(SECRET_MIN_BYTES),))
+    except (OSError, sqlite3.Error) as error:
+        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with --db.")
+
+
+@functools.cache
+def signing_key(path):
+    """The key of the database at `path`, at least 32 bytes."""
+    return connection().execute("SELECT key FROM signing_key").fetchone()["key"]
+
+
+def add_user(db, username, password_hash):
+    """The new user's id. Raises sqlite3.IntegrityError when the name is taken."""
+    return db.execute("INSERT INTO users (username, password, created_at) VALUES (?, ?, ?)",
+                      (username, password_hash, iso(now()))).lastrowid
+
+
+def find_user(db, user_id):
+    return db.execute("SELECT id, username FROM users WHERE id = ?", (user_id,)).fetchone()
+
+
+def find_user_by_name(db, username):
+    return db.execute("SELECT id, username, password FROM users WHERE username = ?", (username,)).fetchone()
+
+
+def list_users(db, after):
+    """One page of users later than id `after`: (id, JSON) rows."""
+    return db.execute("""
+        SELECT id, json_object('id', id, 'username', username) FROM users WHERE id > ? ORDER BY id LIMIT ?
+        """, (after, LIST_PAGE_ROWS)).fetchall()
+
+
+def add_blacklisted_token(db, jti, expires_at):
+    """End a refresh token before its time, and forget those whose time has passed."""
+    db.execute("DELETE FROM blacklisted_tokens WHERE expires_at < ?", (now(),))
+    db.execute("INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING", (jti, expires_at))
+
+
+def is_blacklisted(db, jti):
+    return db.execute("SELECT 1 FROM blacklisted_tokens WHERE jti = ?", (jti,)).fetchone() is not None
+
+
+def add_link_token(db, user_id, token, expires_at):
+    """Remember a link token by its hash; the user's earlier one is dead from now on."""
+    db.execute("INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
+               (user_id, hashlib.sha256(token.encode()).digest(), expires_at))
+
+
+def spend_link_token(db, token):
+    """The user the token was made for, or None when it is wrong, used, replaced or too old. It works once."""
+    row = db.execute("DELETE FROM link_tokens WHERE token_hash = ? RETURNING user_id, expires_at",
+                     (hashlib.sha256(token.encode()).digest(),)).fetchone()
+    return find_user(db, row["user_id"]) if row and row["expires_at"] > now() else None
+
+
+def find_bot(db, bot_id):
+    """The bot's row (username, next_update_id), or None when it has never spoken."""
+    return db.execute("SELECT username, next_update_id FROM bots WHERE id = ?", (bot_id,)).fetchone()
+
+
+def set_bot(db, bot_id, **columns):
+    """Change the named columns of the bot's row, which is made where missing."""
+    db.execute("INSERT INTO bots (id) VALUES (?) ON CONFLICT DO NOTHING", (bot_id,))
+    for column, value in columns.items():
+        db.execute(f"UPDATE bots SET {column} = ? WHERE id = ?", (value, bot_id))
+
+
+def link_chat(db, bot_id, chat_id, user_id):
+    """From now on this chat, and no other, speaks for this user, and for no other."""
+    db.execute("DELETE FROM chats WHERE user_id = ?", (user_id,))
+    db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
+               (bot_id, chat_id, user_id, iso(now())))
+
+
+def unlink_chat(db, bot_id, chat_id):
+    db.execute("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", (bot_id, chat_id))
+
+
+def find_chat(db, user_id):
+    """(bot id, chat id) of the chat linked to the user, or None."""
+    return db.execute("SELECT bot_id, chat_id FROM chats WHERE user_id = ?", (user_id,)).fetchone()
+
+
+def find_chat_user(db, bot_id, chat_id):
+    """The user the chat is linked to, or None."""
+    return db.execute("""
+        SELECT users.id, username FROM chats JOIN users ON users.id = user_id WHERE bot_id = ? AND chat_id = ?
+        """, (bot_id, chat_id)).fetchone()
+
+
+def add_told_group(db, bot_id, chat_id):
+    """True the first time, False when the group has been told before."""
+    return db.execute("INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
+                      (bot_id, chat_id)).rowcount == 1
+
+
+def add_message(db, sender, recipient, text, source):
+    """Store a message and queue its copies: one for the recipient's chat, one for the sender's own. Returns it as answered."""
+    chat = find_chat(db, recipient["id"])
+    created_at, delivery = iso(now()), "queued" if chat else "unlinked"
+    message_id = db.execute("""
+        INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery) VALUES (?, ?, ?, ?, ?, ?)
+        """, (sender["id"], recipient["id"], text, created_at, source, delivery)).lastrowid
+    own_copy = f"{sender['username']}, я получил от тебя сообщение:\n\n{text}"
+    if sender["id"] != recipient["id"]:
+        if chat:
+            queue_text(db, *chat, f"Сообщение от {sender['username']}:\n\n{text}", message_id)
+        if own_chat := find_chat(db, sender["id"]):
+            queue_text(db, *own_chat, own_copy)
+    elif chat:
+        queue_text(db, *chat, own_copy, message_id)
+    return {"id": message_id, "sender": sender["username"], "recipient": recipient["username"], "text": text,
+            "created_at": created_at, "source": source, "delivery": delivery}
+
+
+def list_messages(db, user_id, after):
+    """One page of what the user sent or received later than message `after`, oldest first: (id, JSON) rows."""
+    return db.execute("""
+        SELECT m.id, json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
+                                 'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery)
+        FROM (SELECT * FROM (SELECT id FROM messages WHERE sender_id = :user AND id > :after ORDER BY id LIMIT :rows)
+              UNION ALL
+              SELECT * FROM (SELECT id FROM messages WHERE recipient_id = :user AND recipient_id <> sender_id AND id > :after
+                             ORDER BY id LIMIT :rows)
+              ORDER BY id LIMIT :rows) AS page
+        JOIN messages AS m ON m.id = page.id
+        JOIN users AS s ON s.id = m.sender_id
+        JOIN users AS r ON r.id = m.recipient_id
+        ORDER BY m.id
+        """, {"user": user_id, "after": after, "rows": LIST_PAGE_ROWS}).fetchall()
+
+
+def queue_text(db, bot_id, chat_id, text, message_id=None):
+    """Queue what the bot shall say in a chat, in as many parts as Telegram needs."""
+    parts = split_text(text)
+    for number, part in enumerate(parts, 1):
+        db.execute("INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last) VALUES (?, ?, ?, ?, ?)",
+                   (bot_id, chat_id, part, message_id, number == len(parts)))
+    db.queued_for.add((bot_id, chat_id))
+
+
+def list_queues(db, bot_id):
+    """(chat id, when its head is due) of each chat with something queued, the longest waiting first."""
+    return db.execute("""
+        SELECT chat_id, due_at FROM outbox
+        WHERE id IN (SELECT min(id) FROM outbox WHERE bot_id = ? AND given_up_at IS NULL GROUP BY chat_id) ORDER BY id
+        """, (bot_id,)).fetchall()
+
+
+def find_head(db, bot_id, chat_id):
+    """The delivery whose turn it is in a chat, or None when all is said."""
+    return db.execute("""
+        SELECT id, bot_id, chat_id, text, message_id, is_last, attempts FROM outbox
+        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY id LIMIT 1
+        """, (bot_id, chat_id)).fetchone()
+
+
+def settle_sent(db, delivery, telegram_message_id):
+    """The delivery is done: forget it, but remember what a reply to it would answer."""
+    db.execute("DELETE FROM outbox WHERE id = ?", (delivery["id"],))
+    if delivery["message_id"] and telegram_message_id:
+        db.execute("""
+            INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
+            SELECT ?, ?, ?, id FROM messages WHERE id = ? AND sender_id <> recipient_id
+            """, (delivery["bot_id"], delivery["chat_id"], telegram_message_id, delivery["message_id"]))
+    if delivery["is_last"]:  # an earlier part may have been given up: then the copy has failed, and stays so
+        db.execute("UPDATE messages SET delivery = 'sent' WHERE id = ? AND delivery = 'queued'", (delivery["message_id"],))
+
+
+def settle_later(db, delivery, due_at, error):
+    """The delivery failed for now; it is due again at `due_at`."""
+    db.execute("UPDATE outbox SET attempts = attempts + 1, due_at = ?, error = ? WHERE id = ?",
+               (due_at, error, delivery["id"]))
+
+
+def settle_given_up(db, delivery, error):
+    """The delivery is never sent. It keeps the reason, and its message shows it."""
+    db.execute("UPDATE outbox SET given_up_at = ?, error = ? WHERE id = ?", (iso(now()), error, delivery["id"]))
+    db.execute("UPDATE messages SET delivery = 'failed' WHERE id = ?", (delivery["message_id"],))
+
+
+def settle_chat_gone(db, delivery, error):
+    """Nothing reaches the delivery's chat any more: unlink it and give up all that waits for it."""
+    chat = delivery["bot_id"], delivery["chat_id"]
+    unlink_chat(db, *chat)
+    given_up = db.execute("""
+        UPDATE outbox SET given_up_at = ?, error = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
+        RETURNING message_id
+        """, (iso(now()), error, *chat)).fetchall()
+    db.executemany("UPDATE messages SET delivery = 'failed' WHERE id = ?", given_up)
+
+
+def find_relayed_author(db, bot_id, chat_id, telegram_message_id):
+    """Who wrote the message that the bot relayed as this Telegram message, or None."""
+    return db.execute("""
+        SELECT users.id, username FROM relayed
+        JOIN messages ON messages.id = message_id JOIN users ON users.id = sender_id
+        WHERE bot_id = ? AND chat_id = ? AND telegram_message_id = ?
+        """, (bot_id, chat_id, telegram_message_id)).fetchone()
+
+
+# --- Passwords and tokens ---------------------------------------------------------------------------------------------
+
+hashing = threading.BoundedSemaphore(HASHES_AT_ONCE)  # each takes 32 MiB: a burst of logins must not take them all
+
+
+def scrypt(password, salt, n, r, p):
+    with hashing:
+        return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * 128 * n * r, dklen=32)
+
+
+def hash_password(password):
+    """The password's hash with the parameters it was made with, as the users table keeps it."""
+    salt = secrets.token_bytes(16)
+    digest = scrypt(password, salt, **SCRYPT)
+    return "$".join(["scrypt", *(str(SCRYPT[k]) for k in "nrp"), *(base64.b64encode(b).decode() for b in (salt, digest))])
+
+
+@functools.cache
+def nobodys_hash():
+    """What an unknown user's password is compared to, so that a wrong name takes the time of a wrong password."""
+    return hash_password(secrets.token_hex())
+
+
+def password_matches(password, password_hash):
+    _, n, r, p, salt, digest = password_hash.split("$")
+    return hmac.compare_digest(scrypt(password, base64.b64decode(salt), int(n), int(r), int(p)), base64.b64decode(digest))
+
+
+class TokenError(Exception):
+    """A JWT that is not to be believed; the text is for the client."""
+
+
+def jwt_key():
+    return settings.secret or signing_key(settings.db)
+
+
+def issue_token(kind, user_id):
+    """A JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
+    issued_at = int(now())
+    lifetime = ACCESS_TOKEN_SECONDS if kind == "access" else REFRESH_TOKEN_SECONDS
+    claims = {"token_type": kind, "exp": issued_at + lifetime, "iat": issued_at, "jti": secrets.token_hex(16),
+              "user_id": str(user_id)}
+    return jwt.encode(claims, jwt_key(), algorithm="HS256")
+
+
+def read_token(token, kind=None):
+    """The claims of a valid JWT of that kind (None: of any). Raises TokenError, worded and ordered as simplejwt does."""
+    try:
+        claims = jwt.decode(token, jwt_key(), algorithms=["HS256"],
+                            options={"verify_aud": False, "verify_exp": False, "verify_iat": False})
+        expires_at = int(claims["exp"]) if "exp" in claims else None
+        if expires_at is not None and expires_at <= now():
+            raise TokenError("Token is expired")
+        if "iat" in claims and int(claims["iat"]) > now():
+            raise TokenError("Token is invalid")
+    except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError):
+        raise TokenError("Token is invalid") from None
+    if kind != "access" and is_blacklisted(connection(), claims.get("jti")):
+        raise TokenError("Token is blacklisted")
+    if expires_at is None:
+        raise TokenError("Token has no 'exp' claim")
+    if "jti" not in claims:
+        raise TokenError("Token has no id")
+    if kind and "token_type" not in claims:
+        raise TokenError("Token has no type")
+    if kind and claims["token_type"] != kind:
+        raise TokenError("Token has wrong type")
+    return claims
+
+
+def token_user(claims):
+    """The user a JWT's claims name, or None when there is no such user (any more)."""
+    user_id = str(claims["user_id"])
+    return find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
+
+
+class LoginThrottle:
+    """Failed logins of the last minutes, by address and by name from an address; the longest untouched are forgotten first."""
+
+    def __init__(self):
+        self.failures = OrderedDict()  # key: deque of times, the newest last
+        self.lock = threading.Lock()
+
+    @staticmethod
+    def limits(address, username):
+        return (((address, username[:MAX_USERNAME + 1]), LOGIN_FAILURES_PER_NAME), (address, LOGIN_FAILURES_PER_ADDRESS))
+
+    def seconds_to_wait(self, address, username):
+        """0, or how long this address has to wait before it may try this name again."""
+        with self.lock:
+            pauses = [times[-limit] + LOGIN_WINDOW_SECONDS - now() for key, limit in self.limits(address, username)
+                      if len(times := self.failures.get(key, ())) >= limit]
+        return max(pauses, default=0)
+
+    def add_failure(self, address, username):
+        with self.lock:
+            for key, limit in self.limits(address, username):
+                self.failures.setdefault(key, deque(maxlen=limit)).append(now())
+                self.failures.move_to_end(key)
+            while len(self.failures) > LOGIN_KEYS_REMEMBERED:
+                self.failures.popitem(last=False)
+
+    def forgive(self, address, username):
+        """The right password was given: what went before were typing errors."""
+        with self.lock:
+            self.failures.pop(self.limits(address, username)[0][0], None)
+
+
+login_throttle = LoginThrottle()
+
+
+# --- Outbox -----------------------------------------------------------------------------------------------------------
+# One delivery, one round, the loop. A home (see Bot) has an id, send(chat_id, text), and these ways to fail:
+
+
+class TryLater(Exception):
+    """Not sent, or not known to be sent. `retry_after`: seconds that Telegram told us to wait, None when it is up to us."""
+
+    def __init__(self, reason, retry_after=None):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class GiveUp(Exception):
+    """This text can never be sent."""
+
+
+class ChatGone(GiveUp):
+    """Nothing can be sent to this chat any more."""
+
+
+class Turns:
+    """Which chats have something queued, when each is due, and which are being sent to: one sender a chat, the pace of all.
+
+    Kept in memory alone, since one process owns the database: what was in flight when it died is due again at the next start.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.open(None, ())
+
+    def open(self, bot_id, queues):
+        """Start with what the outbox holds for this bot: (chat id, due at) pairs."""
+        with self.changed:
+            self.bot_id, self.due, self.busy, self.told_to_wait = bot_id, dict(queues), set(), set()
+            self.sent_at = deque(maxlen=SENDS_PER_SECOND)
+            self.changed.notify_all()
+
+    def wake(self, bot_id, chat_id):
+        """Something was queued for the chat. One that waits out a pause goes on waiting."""
+        with self.changed:
+            if bot_id == self.bot_id:
+                self.due.setdefault(chat_id, now())
+                self.changed.notify()
+
+    def take(self, wait_seconds=0):
+        """The chat that has been due the longest, or None when none is due in time. It must be given back."""
+        patience_ends = time.monotonic() + wait_seconds
+        with self.changed:
+            while True:
+                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy),
+                                      default=(float("inf"), None))
+                if len(self.sent_at) == SENDS_PER_SECOND:
+                    due_at = max(due_at, self.sent_at[0] + 1)
+                if due_at <= now():
+                    del self.due[chat_id]
+                    self.busy.add(chat_id)
+                    self.told_to_wait.discard(chat_id)
+                    self.sent_at.append(now())
+                    return chat_id
+                pause = min(due_at - now(), patience_ends - time.monotonic())
+                if pause <= 0:
+                    return None
+                self.changed.wait(pause)
+
+    def give_back(self, chat_id, due_at=None, told_to_wait=False):
+        """The sender is done with the chat, which is due again at `due_at`, or when something is queued for it (None)."""
+        with self.changed:
+            self.busy.discard(chat_id)
+            if due_at is not None:
+                self.due[chat_id] = due_at
+            if told_to_wait:
+                self.told_to_wait.add(chat_id)
+            self.changed.notify()
+
+    def hurry(self):
+        """Telegram is back: what waited for that is due now. Chats that Telegram told to wait do."""
+        with self.changed:
+            for chat_id in self.due.keys() - self.told_to_wait:
+                self.due[chat_id] = min(self.due[chat_id], now())
+            self.changed.notify_all()
+
+
+turns = Turns()
+
+
+def backoff(attempts, longest):
+    """Seconds to wait after so many failed attempts: exponential, with jitter so that not all come back at once."""
+    return min(longest, 2.0 ** min(attempts, 20)) * random.uniform(0.5, 1)
+
+
+def settle(change, *args):
+    """Write down what became of a delivery. While the database cannot, wait: sending it once more would be worse."""
+    while True:
+        try:
+            with transaction() as db:
+                return change(db, *args)
+        except sqlite3.Error:
+            log.exception("a delivery could not be settled; trying again")
+            time.sleep(1)
+
+
+def deliver(home, delivery):
+    """Send one delivery and settle it. Returns when its chat may be sent to again, and whether that is Telegram's wish."""
+    try:
+        telegram_message_id = home.send(delivery["chat_id"], delivery["text"])
+    except ChatGone as error:
+        log.warning("chat %s is gone (%s): unlinked, what was queued for it given up", delivery["chat_id"], error)
+        settle(settle_chat_gone, delivery, str(error))
+    except GiveUp as error:
+        log.warning("delivery %s to chat %s given up: %s", delivery["id"], delivery["chat_id"], error)
+        settle(settle_given_up, delivery, str(error))
+    except TryLater as error:
+        is_told = error.retry_after is not None
+        pause = error.retry_after if is_told else backoff(delivery["attempts"], BACKOFF_MAX_SECONDS)
+        log.warning("delivery %s to chat %s failed (%s): again in %.1f s", delivery["id"], delivery["chat_id"], error, pause)
+        settle(settle_later, delivery, now() + pause, str(error))
+        return now() + pause, is_told
+    else:
+        settle(settle_sent, delivery, telegram_message_id)
+    return now(), False
+
+
+def deliver_next(home, wait_seconds=0):
+    """Deliver the head of the chat whose turn it is, waiting for one to come due. False when none did."""
+    chat_id = turns.take(wait_seconds)
+    if chat_id is None:
+        return False
+    due_at, is_told = now() + 1, False  # should anything below fail
+    try:
+        delivery = find_head(connection(), home.id, chat_id)
+        if delivery:
+            due_at, is_told = deliver(home, delivery)
+            delivery = find_head(connection(), home.id, chat_id)
+        if not delivery:
+            due_at = None
+    finally:
+        turns.give_back(chat_id, due_at, is_told)
+    return True
+
+
+def run_outbox(home, stop):
+    """Deliver until told to stop; one bad round never ends the thread."""
+    while not stop.is_set():
+        try:
+            deliver_next(home, wait_seconds=1)
+        except Exception:
+            log.exception("outbox round failed")
+            stop.wait(1)
+
+
+# --- Bot --------------------------------------------------------------------------------------------------------------
+# What it says, the conversation, then its two homes: Telegram and the terminal.
+
+HOW_TO_GET_A_TOKEN = "Токен выдаёт API: GET /api/users/get-telegram-token/. Он действует 10 минут и только один раз."
+GREETING = f"Здравствуйте! Пришлите мне токен, чтобы привязать этот чат к вашему аккаунту.\n\n{HOW_TO_GET_A_TOKEN}"
+LINKED = "Готово: этот чат и аккаунт {username} успешно привязаны. Теперь я повторяю здесь ваши сообщения."
+WRONG_TOKEN = f"Этот токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
+LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
+UNLINKED = f"Чат отвязан от аккаунта {{username}}. Чтобы привязать его снова, пришлите новый токен.\n\n{HOW_TO_GET_A_TOKEN}"
+HELP = """Я понимаю:
+/start — к какому аккаунту привязан этот чат
+токен — привязать чат к аккаунту
+/stop — отвязать чат
+/help — эта подсказка
+Любой другой текст из привязанного чата становится вашим сообщением, а ответ на чужое сообщение уходит его автору."""
+UNKNOWN_COMMAND = f"Такой команды я не знаю.\n\n{HELP}"
+TOO_LONG = f"Это слишком длинно: я принимаю до {MAX_TEXT} символов."
+TEXT_ONLY = "Я читаю только текст."
+PRIVATE_ONLY = "Привязать можно только личный чат: напишите мне лично."
+
+COMMAND = re.compile(r"/(?P<name>[A-Za-z0-9_]{1,32})(@\w+)?(\s+(?P<argument>.*))?", re.DOTALL)
+LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")  # what secrets.token_urlsafe(32) makes
+
+
+def converse(db, bot_id, chat_id, text, reply_to=None):
+    """What the bot answers to a text from a private chat (None: nothing but the relayed copy), once it has taken effect.
+
+    `reply_to` is the Telegram message id that the text replies to, if any.
+    """
+    text = text.replace("\0", "").encode("utf-8", "replace").decode()  # SQLite and JSON take neither NUL nor lone surrogates
+    user = find_chat_user(db, bot_id, chat_id)
+    command = COMMAND.fullmatch(text.strip())
+    name, argument = (command["name"].lower(), (command["argument"] or "").strip()) if command else (None, "")
+    token = argument if name == "start" else text.strip()
+    if LINK_TOKEN.fullmatch(token) and (owner := spend_link_token(db, token)):
+        link_chat(db, bot_id, chat_id, owner["id"])
+        return LINKED.format(**owner)
+    if name == "help":
+        return HELP
+    if name == "start" and not argument:
+        return LINKED_TO.format(**user) if user else GREETING
+    if name == "start" or not user:
+        return WRONG_TOKEN
+    if name == "stop":
+        unlink_chat(db, bot_id, chat_id)
+        return UNLINKED.format(**user)
+    if name:
+        return UNKNOWN_COMMAND
+    if len(text) > MAX_TEXT:
+        return TOO_LONG
+    if text.strip():
+        add_message(db, user, find_relayed_author(db, bot_id, chat_id, reply_to) or user, text, "telegram")
+
+
+def hear(db, bot_id, chat_id, text, reply_to=None):
+    """Let a text from a private chat take effect, and queue the answer."""
+    if answer := converse(db, bot_id, chat_id, text, reply_to):
+        queue_text(db, bot_id, chat_id, answer)
+
+
+def receive(bot_id, update):
+    """Everything one raw update does, and the offset behind it, in one transaction: it counts once, whatever happens."""
+    parsed = telebot.types.Update.de_json(update)
+    message = parsed.message or parsed.channel_post
+    with transaction() as db:
+        set_bot(db, bot_id, next_update_id=parsed.update_id + 1)
+        if message is None or message.content_type in telebot.util.content_type_service and message.chat.type == "private":
+            return
+        if message.chat.type != "private":
+            if add_told_group(db, bot_id, message.chat.id):
+                queue_text(db, bot_id, message.chat.id, PRIVATE_ONLY)
+        elif message.content_type != "text":
+            queue_text(db, bot_id, message.chat.id, TEXT_ONLY)
+        else:
+            replied = message.reply_to_message
+            hear(db, bot_id, message.chat.id, message.text, replied.message_id if replied else None)
+
+
+def receive_or_skip(bot_id, update):
+    """Receive an update; one that fails time and again is skipped, unless it is the database that fails."""
+    for attempt in range(1, UPDATE_TRIES + 1):
+        try:
+            return receive(bot_id, update)
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            update_id = update.get("update_id") if isinstance(update, dict) else None
+            log.warning("update %s failed, try %s of %s", update_id, attempt, UPDATE_TRIES,
+                        exc_info=(type(error), None, error.__traceback__))  # the exception's own text may quote the message
+    if isinstance(update_id, int):
+        log.error("update %s is skipped", update_id)
+        with transaction() as db:
+            set_bot(db, bot_id, next_update_id=update_id + 1)
+
+
+class TelegramError(Exception):
+    """A call to the Bot API failed. The text has no secrets.
+
+    `code` is Telegram's error_code, None for no (sensible) answer; `retry_after` is how many seconds it told us to wait, or None.
+    """
+
+    def __init__(self, code, description, retry_after=None):
+        super().__init__(f"{code} {description}" if code else description)
+        self.code, self.description, self.retry_after = code, description, retry_after
+
+
+def request_quietly(method, url, params=None, files=None, timeout=None, proxies=None):
+    """telebot's way to the network. Texts go in the body, and an error names only its kind: the URL holds the bot's token."""
+    arguments = {"data": params} if method == "post" else {"params": params}
+    try:
+        return apihelper._get_req_session().request(method, url, timeout=timeout, proxies=proxies, **arguments)
+    except requests.RequestException as error:
+        kind = type(error).__name__
+    apihelper._get_req_session(reset=True)  # what is left of the connection is not to be trusted
+    raise TelegramError(None, f"Telegram cannot be reached: {kind}")  # out of the except: no __context__ with the URL
+
+
+class Telegram:
+    """The bot's home where people meet it: long polling in, sendMessage out. One a process, as telebot's settings are."""
+
+    allowed_updates = ["message", "channel_post"]
+
+    def __init__(self, token, api_url):
+        self.id, self.token = int(token.split(":")[0]), token
+        apihelper.API_URL = api_url.rstrip("/").replace("{", "%7B").replace("}", "%7D") + "/bot{0}/{1}"
+        apihelper.CUSTOM_REQUEST_SENDER = request_quietly
+
+    def call(self, method, *args, **kwargs):
+        """One call of the Bot API through telebot's function of that name. Raises TelegramError."""
+        try:
+            return method(self.token, *args, **kwargs)
+        except apihelper.ApiTelegramException as error:
+            parameters = error.result_json.get("parameters")
+            retry_after = parameters.get("retry_after") if isinstance(parameters, dict) else None
+            is_number = isinstance(retry_after, (int, float)) and 0 <= retry_after
+            problem = error.error_code, str(error.description), min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None
+        except apihelper.ApiHTTPException as error:
+            problem = None, f"Telegram answered {error.result.status_code} without JSON"
+        except (apihelper.ApiInvalidJSONException, LookupError, TypeError, AttributeError) as error:
+            problem = None, f"Telegram's answer makes no sense ({type(error).__name__})"
+        raise TelegramError(*problem)
+
+    def send(self, chat_id, text):
+        """Send a text as it is; returns Telegram's id of the message. Raises TryLater, GiveUp, ChatGone."""
+        try:
+            sent = self.call(apihelper.send_message, chat_id, text, timeout=SEND_TIMEOUT_SECONDS,
+                             link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True))
+        except TelegramError as error:
+            if error.code == 403 or error.code == 400 and "chat not found" in error.description.lower():
+                raise ChatGone(str(error)) from None
+            if error.code == 400:
+                raise GiveUp(str(error)) from None
+            raise TryLater(str(error), error.retry_after) from None
+        return sent.get("message_id") if isinstance(sent, dict) else None
+
+    def introduce(self):
+        """Learn the bot's name, for the operator and for t.me links."""
+        username = str(self.call(apihelper.get_me)["username"])
+        with transaction() as db:
+            set_bot(db, self.id, username=username)
+        announce(f"bot: @{username} on Telegram")
+
+    def delete_webhook(self):
+        """Take away the webhook that keeps this bot from polling."""
+        self.call(apihelper.delete_webhook)
+
+    def poll(self):
+        """Receive one batch of updates, waiting for it up to LONG_POLL_SECONDS. False when nothing came, and that at once."""
+        started_at = time.monotonic()
+        bot = find_bot(connection(), self.id)
+        updates = self.call(apihelper.get_updates, offset=bot["next_update_id"], timeout=LONG_POLL_SECONDS + 5,
+                            long_polling_timeout=LONG_POLL_SECONDS, allowed_updates=self.allowed_updates)
+        if not isinstance(updates, list):
+            raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
+        for update in updates:
+            receive_or_skip(self.id, update)
+        return bool(updates) or time.monotonic() - started_at > 1
+
+    def explain(self, error):
+        """Tell the operator what a failed poll means."""
+        if error.code in (401, 404):
+            log.error("Telegram refuses TELEGRAM_BOT_TOKEN (%s): get the right one from @BotFather and start again. "
+                      "The HTTP API goes on, deliveries wait.", error)
+        elif error.code == 409 and "webhook" in error.description.lower():
+            log.warning("this bot has a webhook, which keeps it from polling: deleting it")
+        elif error.code == 409:
+            log.error("another process polls this bot: end it, or use another bot (%s)", error)
+        else:
+            log.warning("polling failed: %s", error)
+
+    def run(self, stop):
+        """Poll until told to stop; when Telegram comes back after an absence, so do the deliveries."""
+        step, failures = self.introduce, 0
+        while not stop.is_set():
+            pause = 0
+            try:
+                if step() is False:
+                    pause = 1  # a server that answers at once with nothing must not be hammered
+                if failures:
+                    log.warning("Telegram answers again")
+                    turns.hurry()
+                step, failures = self.poll, 0
+            except TelegramError as error:
+                self.explain(error)
+                if error.code == 409 and "webhook" in error.description.lower():
+                    step = self.delete_webhook
+                failures += 1
+                pause = backoff(failures, POLL_BACKOFF_MAX_SECONDS) if error.retry_after is None else error.retry_after
+            except Exception:
+                log.exception("polling round failed")
+                failures += 1
+                pause = backoff(failures, POLL_BACKOFF_MAX_SECONDS)
+            stop.wait(pause)
+
+
+class Terminal:
+    """The bot's home on a bare machine: lines typed are what a Telegram user would write, and what it says is printed."""
+
+    id = chat_id = 0
+
+    def send(self, chat_id, text):
+        """Print a text. Control characters, which could play tricks on the terminal, are replaced. Raises TryLater."""
+        visible = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+        try:
+            print(f"{visible}\n", flush=True)
+        except OSError as error:
+            raise TryLater(f"the terminal is gone: {error.strerror}") from None
+
+    def run(self, stop):
+        """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
+        if sys.stdin is None:
+            return
+        # Unbuffered: a daemon thread that sleeps in a buffered read makes the interpreter's exit crash.
+        with io.open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+            while not stop.is_set():
+                try:
+                    line = stdin.readline()
+                except OSError:  # in the background of a shell there is nothing to read, but there may be again
+                    stop.wait(1)
+                    continue
+                if not line:
+                    return
+                self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
+
+    def hear(self, text, stop):
+        """Take in one typed line, however long the database may be away."""
+        while text.strip() and not stop.is_set():
+            try:
+                with transaction() as db:
+                    return hear(db, self.id, self.chat_id, text)
+            except sqlite3.Error:
+                log.exception("a typed line could not be stored; trying again")
+                stop.wait(1)
+
+
+# --- HTTP -------------------------------------------------------------------------------------------------------------
+# The app, the one door for errors, sign-in, fields; then the routes in the order a user meets them; then the server.
+
+app = Bottle()
+app.uninstall(True)  # Bottle's own plugins: routes answer through ours
+
+PUBLIC_DETAILS = {
+    400: "Bad request.",
+    404: "Not found.",
+    413: "The request is too large.",
+    500: "Something went wrong here. It has been noted; try again later.",
+    503: "The database is busy. Nothing was stored; try again in a few seconds.",
+}
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@app.hook("before_request")
+def add_trailing_slash():
+    """Serve /api/users as /api/users/: the original redirected, which lost the body of a POST."""
+    if not request.environ["PATH_INFO"].endswith("/"):
+        request.environ["PATH_INFO"] += "/"
+
+
+def answer_json(route):
+    """Bottle plugin: what a route returns goes out as JSON, what it fails with goes to the log."""
+    @functools.wraps(route)
+    def answer(*args, **kwargs):
+        try:
+            body = route(*args, **kwargs)
+        except HTTPResponse:
+            raise
+        except sqlite3.OperationalError as error:
+            log.error("%s %s failed: %s", request.method, request.path, error)
+            raise HTTPError(503) from None
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            raise HTTPError(500) from None
+        response.content_type = "application/json"
+        return body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
+    return answer
+
+
+app.install(answer_json)
+
+
+def answer_error(error):
+    """The one door for errors, Bottle's own included: JSON, worded as the original does."""
+    status = error.status_code
+    if status == 405:
+        return answer_wrong_method(error)
+    if status == 401:
+        response.set_header("WWW-Authenticate", 'Bearer realm="api"')
+    if status == 503:
+        response.set_header("Retry-After", "5")
+    response.content_type = "application/json"
+    return to_json(error.body if isinstance(error.body, dict) else {"detail": PUBLIC_DETAILS.get(status, error.status_line[4:])})
+
+
+app.default_error_handler = answer_error
+
+
+def answer_wrong_method(error):
+    """405, or 401 for who may not know; 204 for OPTIONS. All with what is allowed."""
+    allowed = error.get_header("Allow").split(",")
+    if request.method != "OPTIONS":
+        route, _ = app.match({**request.environ, "REQUEST_METHOD": allowed[0]})
+        try:
+            getattr(route.callback, "check_sign_in", lambda: None)()
+        except HTTPError as refusal:
+            refusal.apply(response)
+            return answer_error(refusal)
+    response.status = 204 if request.method == "OPTIONS" else 405
+    response.set_header("Allow", ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"]))
+    response.content_type = "application/json"
+    return b"" if request.method == "OPTIONS" else to_json({"detail": f'Method "{request.method}" not allowed.'})
+
+
+def client_address():
+    """Whom a request is from: the peer, or whom the trusted proxy names as its own peer."""
+    peer = request.environ.get("REMOTE_ADDR", "")
+    forwarded = request.environ.get("HTTP_X_FORWARDED_FOR")
+    return forwarded.split(",")[-1].strip() if forwarded and peer == settings.trusted_proxy else peer
+
+
+def refuse_token(error):
+    """The 401 of simplejwt's token views."""
+    return HTTPError(401, {"detail": str(error), "code": "token_not_valid"})
+
+
+def sign_in():
+    """The user that the Authorization header names, None without one. Raises HTTPError 401 as simplejwt does."""
+    scheme, *rest = request.environ.get("HTTP_AUTHORIZATION", "").split() or [""]
+    if scheme.lower() != "bearer":
+        return None
+    if len(rest) != 1:
+        raise HTTPError(401, {"detail": "Authorization header must contain two space-delimited values",
+                              "code": "bad_authorization_header"})
+    try:
+        claims = read_token(rest[0], "access")
+    except TokenError as error:
+        raise HTTPError(401, {"detail": "Given token not valid for any token type", "code": "token_not_valid", "messages": [
+            {"token_class": "AccessToken", "token_type": "access", "message": str(error)}]}) from None
+    if "user_id" not in claims:
+        raise HTTPError(401, {"detail": "Token contained no recognizable user identification", "code": "token_not_valid"})
+    user = token_user(claims)
+    if user is None:
+        raise HTTPError(401, {"detail": "User not found", "code": "user_not_found"})
+    return user
+
+
+def require_user():
+    """The signed-in user. Raises HTTPError 401 when there is none."""
+    user = sign_in()
+    if user is None:
+        raise HTTPError(401, {"detail": "Authentication credentials were not provided."})
+    return user
+
+
+def signed_in(route):
+    """Call the route with the signed-in user first."""
+    @functools.wraps(route)
+    def with_user(*args, **kwargs):
+        return route(require_user(), *args, **kwargs)
+    with_user.check_sign_in = require_user
+    return with_user
+
+
+def signed_in_or_anonymous(route):
+    """Anybody may call the route, but not with a wrong token."""
+    @functools.wraps(route)
+    def checked(*args, **kwargs):
+        sign_in()
+        return route(*args, **kwargs)
+    checked.check_sign_in = sign_in
+    return checked
+
+
+class Text:
+    """A text field: what it takes, and Django REST framework's wording of what it does not."""
+
+    def __init__(self, max_length=None, required=True, tidy=None, pattern=None, pattern_error=None):
+        self.max_length, self.required, self.tidy = max_length, required, tidy
+        self.pattern, self.pattern_error = pattern, pattern_error
+
+    def read(self, value):
+        """(text, errors) of what was sent; a number counts as its digits."""
+        if value is None:
+            return None, ["This field may not be null."]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            return None, ["Not a valid string."]
+        text = self.tidy(str(value)) if self.tidy else str(value)
+        if not text.strip():
+            return None, ["This field may not be blank."]
+        errors = []
+        if self.pattern and not re.fullmatch(self.pattern, text):
+            errors.append(self.pattern_error)
+        if self.max_length and len(text) > self.max_length:
+            errors.append(f"Ensure this field has no more than {self.max_length} characters.")
+        if "\0" in text:
+            errors.append("Null characters are not allowed.")
+        if surrogate := re.search("[\ud800-\udfff]", text):
+            errors.append(f"Surrogate characters are not allowed: U+{ord(surrogate[0]):X}.")
+        return text, errors
+
+
+class NewPassword(Text):
+    """A password to be set, which has to be hard enough to guess."""
+
+    def read(self, value):
+        text, errors = super().read(value)
+        if not errors and len(text) < MIN_PASSWORD:
+            errors.append(f"This password is too short. It must contain at least {MIN_PASSWORD} characters.")
+        if text and text.isdigit():
+            errors.append("This password is entirely numeric.")
+        return text, errors
+
+
+def tidy_username(name):
+    """The one spelling of a username: trimmed, NFKC."""
+    return unicodedata.normalize("NFKC", name.strip())
+
+
+class Form(dict):
+    """Fields of an HTML form, which cannot leave one out: a blank one may mean that."""
+
+
+def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
+    """Call the route with the fields of the request's body. Answers 400 for what they do not take, 413 and 415 before."""
+    def declare(route):
+        @functools.wraps(route)
+        def with_fields(*args):
+            sent, values, errors = read_body(max_body_bytes), {}, {}
+            for name, field in fields.items():
+                if name not in sent or not field.required and isinstance(sent, Form) and sent[name] == "":
+                    values[name], errors[name] = None, ["This field is required."] if field.required else []
+                else:
+                    values[name], errors[name] = field.read(sent[name])
+            if errors := {name: sentences for name, sentences in errors.items() if sentences}:
+                raise HTTPError(400, errors)
+            return route(*args, **values)
+        with_fields.fields = fields
+        return with_fields
+    return declare
+
+
+def read_body(max_bytes):
+    """The fields of the request's body, JSON or a form, as a dict. Raises HTTPError 400, 413, 415."""
+    if request.content_length > max_bytes:
+        raise HTTPError(413, {"detail": f"The request is too large: {max_bytes} bytes are the most."})
+    if request.content_length <= 0:
+        return {}
+    media_type = request.content_type.split(";")[0].strip().lower()
+    if media_type == "application/json":
+        return read_json(request.body.read())
+    if media_type == "application/x-www-form-urlencoded":
+        return Form(urllib.parse.parse_qsl(request.body.read().decode("utf-8", "replace"), keep_blank_values=True))
+    if media_type == "multipart/form-data":
+        try:
+            return Form(request.POST)
+        except (HTTPError, ValueError, LookupError) as error:
+            log.info("multipart form refused: %s", error)
+            raise HTTPError(400, {"detail": "Multipart form parse error - the body does not follow RFC 7578."}) from None
+    raise HTTPError(415, {"detail": f'Unsupported media type "{request.content_type}" in request.'})
+
+
+def read_json(body):
+    """The object in a JSON body. Raises HTTPError 400 in the words of Python's json, as the original does."""
+    try:
+        value = json.loads(body.decode(), parse_constant=refuse_constant, parse_float=finite_float)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise HTTPError(400, {"detail": f"JSON parse error - {reason}"}) from None
+    if value is None:
+        raise HTTPError(400, {"non_field_errors": ["No data provided"]})
+    if not isinstance(value, dict):
+        raise HTTPError(400, {"non_field_errors": [
+            f"Invalid data. Expected a dictionary, but got {type(value).__name__}."]})
+    return value
+
+
+def refuse_constant(name):
+    """NaN and Infinity are Python's, not JSON's."""
+    raise ValueError(f"Out of range float values are not JSON compliant: {name!r}")
+
+
+def finite_float(digits):
+    """A float, unless it is too large for one."""
+    value = float(digits)
+    return value if abs(value) < float("inf") else refuse_constant(digits)
+
+
+def stream_list(list_page, *args):
+    """A JSON array of all rows of a keyset-paged query: one page is answered whole, more are streamed in bounded memory."""
+    rows = list_page(connection(), *args, 0)
+    if len(rows) < LIST_PAGE_ROWS:
+        return b"[%s]" % ",".join(text for _, text in rows).encode()
+    return stream_pages(rows, list_page, *args)
+
+
+def stream_pages(rows, list_page, *args):
+    """The pieces of such an array, a page each, from the first page on."""
+    opening = "["
+    while rows:
+        yield (opening + ",".join(text for _, text in rows)).encode()
+        opening, rows = ",", list_page(connection(), *args, rows[-1][0])
+    yield b"]"
+
+
+USERNAME = Text(MAX_USERNAME, tidy=tidy_username, pattern=r"[\w.@+-]+", pattern_error=(
+    "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."))
+NAME = Text(tidy=tidy_username)  # of somebody who may not exist
+TOKEN = Text()
+
+
+@app.post("/api/users/register/")
+@signed_in_or_anonymous
+@takes(username=USERNAME, password=NewPassword(MAX_PASSWORD))
+def register(username, password):
+    """Make an account."""
+    password_hash = hash_password(password)
+    try:
+        with transaction() as db:
+            user_id = add_user(db, username, password_hash)
+    except sqlite3.IntegrityError:
+        raise HTTPError(400, {"username": ["A user with that username already exists."]}) from None
+    response.status = 201
+    return {"id": user_id, "username": username}
+
+
+@app.post("/auth/token/")
+@takes(username=NAME, password=Text())
+def log_in(username, password):
+    """Exchange name and password for a refresh and an access token. Guessing is answered 429 after a while."""
+    address = client_address()
+    if (wait := math.ceil(login_throttle.seconds_to_wait(address, username))) > 0:
+        log.warning("login refused from %s: too many failures", address)
+        raise HTTPError(429, {"detail": f"Request was throttled. Expected available in {wait} seconds."},
+                        **{"Retry-After": str(wait)})
+    user = find_user_by_name(connection(), username)
+    if not password_matches(password, user["password"] if user else nobodys_hash()) or not user:
+        login_throttle.add_failure(address, username)
+        log.warning("login failed from %s", address)
+        raise HTTPError(401, {"detail": "No active account found with the given credentials"})
+    login_throttle.forgive(address, username)
+    return {"refresh": issue_token("refresh", user["id"]), "access": issue_token("access", user["id"])}
+
+
+@app.post("/auth/token/refresh/")
+@takes(refresh=TOKEN)
+def refresh_token(refresh):
+    """Exchange a refresh token for a new access token."""
+    try:
+        claims = read_token(refresh, "refresh")
+    except TokenError as error:
+        raise refuse_token(error) from None
+    user = token_user(claims) if "user_id" in claims else None
+    if user is None:
+        raise HTTPError(401, {"detail": "No active account found for the given token.", "code": "no_active_account"})
+    return {"access": issue_token("access", user["id"])}
+
+
+@app.post("/auth/token/verify/")
+@takes(token=TOKEN)
+def verify_token(token):
+    """Say whether a token of either kind is valid."""
+    try:
+        read_token(token)
+    except TokenError as error:
+        raise refuse_token(error) from None
+    return {}
+
+
+@app.post("/auth/token/blacklist/")
+@takes(refresh=TOKEN)
+def blacklist_token(refresh):
+    """Log out: the refresh token is dead from now on."""
+    try:
+        claims = read_token(refresh, "refresh")
+    except TokenError as error:
+        raise refuse_token(error) from None
+    with transaction() as db:
+        add_blacklisted_token(db, claims["jti"], float(claims["exp"]))
+    return {}
+
+
+@app.get("/api/users/get-telegram-token/")
+@signed_in
+def get_telegram_token(user):
+    """A new one-time token that links a chat to the account; the earlier one is dead."""
+    token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
+    with transaction() as db:
+        add_link_token(db, user["id"], token, expires_at)
+        bot = find_bot(db, turns.bot_id)
+    link = f"https://t.me/{bot['username']}?start={token}" if bot and bot["username"] else None
+    return {"telegram_token": token, "expires_at": iso(expires_at), "link": link}
+
+
+@app.get("/api/users/")
+@signed_in
+def list_all_users(user):
+    """Everybody: ids and names."""
+    return stream_list(list_users)
+
+
+@app.post("/api/messages/")
+@signed_in
+@takes(MAX_MESSAGE_BODY_BYTES, text=Text(MAX_TEXT), recipient=Text(tidy=tidy_username, required=False))
+def post_message(user, text, recipient):
+    """Store a message and queue its copies, together or not at all."""
+    with transaction() as db:
+        to = find_user_by_name(db, recipient) if recipient else user
+        if to is None:
+            raise HTTPError(400, {"recipient": ["No such user."]})
+        message = add_message(db, user, to, text, "api")
+    response.status = 201
+    return message
+
+
+@app.get("/api/messages/")
+@signed_in
+def list_own_messages(user):
+    """All that the user sent or received, oldest first."""
+    return stream_list(list_messages, user["id"])
+
+
+class JsonErrorTask(ErrorTask):
+    """waitress's own refusals, of what is not HTTP or too large, in JSON like all others."""
+
+    def execute(self):
+        error = self.request.error
+        if error.code >= 500 and error.code != 501:
+            body = {"detail": PUBLIC_DETAILS[500]}
+        else:
+            body = {"detail": f"{error.reason}: {error.body}"}
+        body = to_json(body)
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class TimedRequest(HTTPRequestParser):
+    """A request that knows when it began, and refuses two ways of telling its length (RFC 9112, section 6.1)."""
+
+    def __init__(self, adj):
+        super().__init__(adj)
+        self.started_at = time.time()
+
+    def parse_header(self, header_plus):
+        super().parse_header(header_plus)
+        if self.chunked and "CONTENT_LENGTH" in self.headers or "TRANSFER_ENCODING" in self.headers:
+            raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
+
+
+class Channel(HTTPChannel):
+    """One client's connection."""
+
+    error_task_class = JsonErrorTask
+    parser_class = TimedRequest
+
+    def is_too_slow(self, at, is_crowded):
+        """Whether it has held on to its connection too long. waitress itself counts only the time between two bytes."""
+        seconds = REQUEST_SECONDS_CROWDED if is_crowded else REQUEST_SECONDS
+        if self.requests:  # being served: does the client take the answer?
+            return self.total_outbufs_len > 0 and at - self.last_activity > REQUEST_SECONDS
+        if self.request is None and not is_crowded:
+            return False  # an idle keep-alive connection: waitress's channel_timeout sees to it
+        return at - (self.request.started_at if self.request else self.last_activity) > seconds
+
+
+class Lanes:
+    """waitress's dispatcher, twice: requests that hash a password wait for each other, and nobody else does for them."""
+
+    HASHING = ("/auth/token", "/api/users/register")
+
+    def __init__(self):
+        self.quick, self.hashing = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
+        self.quick.set_thread_count(QUICK_THREADS)
+        self.hashing.set_thread_count(HASHES_AT_ONCE)
+
+    def add_task(self, channel):
+        path = getattr(channel.requests[0], "path", "")
+        (self.hashing if path.rstrip("/") in self.HASHING else self.quick).add_task(channel)
+
+    def shutdown(self):
+        self.quick.shutdown(timeout=STOP_SECONDS / 2)
+        self.hashing.shutdown(timeout=STOP_SECONDS / 2)
+
+
+def make_server(sock):
+    """waitress on a listening socket, with our lanes, limits and JSON errors. `run()` serves until SystemExit."""
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
+    server = waitress.create_server(
+        app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS, asyncore_use_poll=True,
+        asyncore_loop_timeout=1, cleanup_interval=1, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
+        max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
+
+    def close_slow_channels(at):
+        type(server).maintenance(server, at)
+        for channel in server.active_channels.values():
+            if channel.is_too_slow(at, server.in_connection_overflow):
+                channel.will_close = True
+
+    server.channel_class, server.maintenance = Channel, close_slow_channels
+    return server
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+
+
+def announce(line):
+    """Tell the operator, who may have closed standard output."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        log.info("%s", line)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadSetting(f"{message}. See --help.")
+
+
+def read_arguments(argv):
+    """The command line, where the environment has not decided already. Raises BadSetting."""
+    env = os.environ.get
+    parser = Parser(description="An HTTP API whose messages a Telegram bot repeats in linked chats.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""environment:
+  FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY
+                        the same as the options; an option wins
+  TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
+  TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
+  FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start, kept in the database)""")
+    parser.add_argument("--host", default=env("FACTORYAPP_HOST", "127.0.0.1"), help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", default=env("FACTORYAPP_PORT", "8080"), help="port to listen on, 0 for any (default 8080)")
+    parser.add_argument("--db", default=env("FACTORYAPP_DB", "factoryapp.db"), help="database file (default factoryapp.db)")
+    parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
+                        help="address of a reverse proxy whose X-Forwarded-For is believed")
+    arguments = parser.parse_args(argv)
+    if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
+        raise BadSetting(f"The port {arguments.port!r} is none: give --port a number from 0 to 65535.")
+    return arguments
+
+
+def choose_home():
+    """The bot's home that the environment asks for. Raises BadSetting."""
+    token = os.environ.get("TELEGRAM_BOT_TOKEN", "").strip()
+    if not token:
+        return Terminal()
+    if not re.fullmatch("[0-9]{1,18}:[A-Za-z0-9_-]+", token):
+        raise BadSetting("TELEGRAM_BOT_TOKEN is malformed: copy it whole from @BotFather, it looks like 123456789:AAE3xyz.")
+    api_url = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
+    parts = urllib.parse.urlsplit(api_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadSetting("TELEGRAM_API_URL is no address: it looks like https://api.telegram.org.")
+    return Telegram(token, api_url)
+
+
+def lock_database():
+    """Keep other processes off the database for as long as this one lives. Raises BadSetting when one is there already."""
+    try:
+        lock = open(settings.db + ".lock", "a")
+        os.chmod(lock.name, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadSetting(f"FactoryApp is already running on the database {settings.db}: end that one, or name another file "
+                         "with --db.") from None
+    except OSError as error:
+        raise BadSetting(f"The database {settings.db} cannot be used ({error.strerror}): name a file in a folder that can be "
+                         "written with --db.") from None
+    return lock
+
+
+def listen(host, port):
+    """A listening socket. Raises BadSetting when the address cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        raise BadSetting(f"Cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error}): end what uses it, "
+                         "or choose another --host or --port.") from None
+
+
+def main(argv=None):
+    """Start everything, serve until SIGTERM or Ctrl-C, end cleanly. Returns the exit code."""
+    os.umask(0o077)  # what we make is for its owner alone
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("urllib3", "TeleBot"):  # they print URLs, and with them the bot's token
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).addHandler(logging.NullHandler())
+        logging.getLogger(name).propagate = False
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
+    try:
+        arguments = read_arguments(argv)
+        settings.db = str(Path(arguments.db).resolve())
+        settings.trusted_proxy = arguments.trusted_proxy
+        settings.secret = os.environ.get("FACTORYAPP_SECRET", "").encode() or None
+        if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
+            raise BadSetting(f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave it out.")
+        home = choose_home()
+        lock = lock_database()
+        open_store()
+        sock = listen(arguments.host, int(arguments.port))
+    except BadSetting as error:
+        print(f"factoryapp: {error}", file=sys.stderr)
+        return 2
+
+    def end(signum, frame):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise SystemExit
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # or reading the terminal from the background would stop the process
+    stop = threading.Event()
+    server = make_server(sock)
+    turns.open(home.id, list_queues(connection(), home.id))
+    host, port = sock.getsockname()[:2]
+    announce(f"FactoryApp listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)\n"
+             f"database: {settings.db}")
+    if isinstance(home, Terminal):
+        announce("bot: this terminal; type what you would write to it in Telegram, /start to begin with")
+    senders = [threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True) for n in range(SENDERS)]
+    for worker in (threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True), *senders):
+        worker.start()
+    server.run()  # until end()
+    stop.set()
+    sock.close()
+    turns.open(None, ())
+    ends_at = time.monotonic() + STOP_SECONDS / 2
+    for sender in senders:  # not the polling thread, which may sleep in its call: what it has not received yet comes again
+        sender.join(max(0, ends_at - time.monotonic()))
+    connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    lock.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+-- FactoryApp's database. Applied whole at every start: it adds what is missing and drops nothing.
+--
+-- *_at columns that end up in an answer are ISO 8601 text in UTC with a Z; those the server computes with are seconds since
+-- 1970 (REAL). PRAGMA user_version (set by factoryapp.py) numbers this schema; a database from a newer one is refused.
+
+-- The key that signs every JWT. Made at first start; a row here is what makes tokens survive a restart.
+CREATE TABLE IF NOT EXISTS signing_key (
+    id         INTEGER PRIMARY KEY CHECK (id = 1),      -- there is one
+    key        BLOB NOT NULL CHECK (length(key) >= 32)  -- RFC 7518, section 3.2: HS256 wants 256 bits or more
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS users (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: a JWT names its user by it
+    username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
+    password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
+    created_at TEXT NOT NULL
+) STRICT;
+
+-- Refresh tokens that were ended before their time.
+CREATE TABLE IF NOT EXISTS blacklisted_tokens (
+    jti        TEXT PRIMARY KEY,
+    expires_at REAL NOT NULL                       -- past it the token is dead anyway and the row may go
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS blacklisted_tokens_by_expiry ON blacklisted_tokens (expires_at);
+
+-- The one-time tokens that link a chat: one a user, a new one takes the place of the old.
+CREATE TABLE IF NOT EXISTS link_tokens (
+    user_id    INTEGER PRIMARY KEY REFERENCES users ON DELETE CASCADE,
+    token_hash BLOB NOT NULL UNIQUE,               -- SHA-256; the token itself is random 256 bits and kept nowhere
+    expires_at REAL NOT NULL
+) STRICT;
+
+-- The bots that have spoken for this database: 0 is the terminal, else Telegram's id of the bot.
+CREATE TABLE IF NOT EXISTS bots (
+    id             INTEGER PRIMARY KEY,
+    username       TEXT,                           -- without the @; NULL for the terminal
+    next_update_id INTEGER                         -- offset of the next getUpdates; ids may restart anywhere, so it is assigned
+) STRICT;
+
+-- Which chat of which bot speaks for which user: at most one each way.
+CREATE TABLE IF NOT EXISTS chats (
+    bot_id     INTEGER NOT NULL,
+    chat_id    INTEGER NOT NULL,                   -- Telegram's; 0 is the terminal
+    user_id    INTEGER NOT NULL UNIQUE REFERENCES users ON DELETE CASCADE,
+    linked_at  TEXT NOT NULL,
+    PRIMARY KEY (bot_id, chat_id)
+) STRICT, WITHOUT ROWID;
+
+-- Groups and channels that were told once that linking is for private chats.
+CREATE TABLE IF NOT EXISTS told_groups (
+    bot_id     INTEGER NOT NULL,
+    chat_id    INTEGER NOT NULL,
+    PRIMARY KEY (bot_id, chat_id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE IF NOT EXISTS messages (
+    id           INTEGER PRIMARY KEY,
+    sender_id    INTEGER NOT NULL REFERENCES users,
+    recipient_id INTEGER NOT NULL REFERENCES users,  -- the sender, where nobody else is named
+    text         TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),  -- code points, exactly as sent
+    created_at   TEXT NOT NULL,
+    source       TEXT NOT NULL CHECK (source IN ('api', 'telegram')),
+    delivery     TEXT NOT NULL CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked'))  -- of the recipient's copy
+) STRICT;
+CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
+CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
+
+-- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of id.
+-- Sent rows are deleted, given-up ones stay with their reason.
+CREATE TABLE IF NOT EXISTS outbox (
+    id          INTEGER PRIMARY KEY,
+    bot_id      INTEGER NOT NULL,
+    chat_id     INTEGER NOT NULL,
+    text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
+    message_id  INTEGER REFERENCES messages,       -- whose recipient's copy this is (a part of); else NULL
+    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
+    attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
+    due_at      REAL NOT NULL DEFAULT 0,           -- not before; 0 is at once
+    error       TEXT,                              -- of the last attempt, or why it was given up
+    given_up_at TEXT                               -- NULL: still to be sent
+) STRICT;
+CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
+
+-- Which message stands behind what the bot said in a chat, so that a reply to it finds its author.
+CREATE TABLE IF NOT EXISTS relayed (
+    bot_id              INTEGER NOT NULL,
+    chat_id             INTEGER NOT NULL,
+    telegram_message_id INTEGER NOT NULL,
+    message_id          INTEGER NOT NULL REFERENCES messages,
+    PRIMARY KEY (bot_id, chat_id, telegram_message_id)
+) STRICT, WITHOUT ROWID;

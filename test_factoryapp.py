@@ -1,0 +1,1185 @@
+"""Tests through the front doors: WebTest for HTTP, a small real Bot API server on loopback for Telegram, the program itself."""
+import json
+import os
+import re
+import select
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import warnings
+from collections import defaultdict, deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import jwt
+import pytest
+import requests
+
+warnings.filterwarnings("ignore", message="'cgi' is deprecated")  # webtest's WebOb, on Python 3.11 and 3.12
+from webtest import TestApp  # noqa: E402
+
+import factoryapp  # noqa: E402
+
+HERE = Path(__file__).parent
+PASSWORD = "S3cure-pass-91"
+BOT_TOKEN = "4242:AAtest-token-of-nobody"
+BOT_ID = 4242
+
+
+# --- Telegram's stand-in ----------------------------------------------------------------------------------------------
+
+
+class BotApi:
+    """A small Bot API server on loopback: offsets and acknowledgement, long polling, and failures on request."""
+
+    def __init__(self):
+        self.updates, self.next_update_id = [], 100
+        self.sent = []  # (chat id, text) that it accepted, in order
+        self.attempts = []  # (time, chat id, text) that reached it, in order
+        self.failures = defaultdict(deque)  # method or chat id: what the next calls get instead of an answer
+        self.polls = 0
+        self.changed = threading.Condition()
+        self.is_open = True
+        self.answer_seconds = 0
+        bot_api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+                url = urlsplit(self.path)
+                parameters = dict(parse_qsl(url.query) + parse_qsl(body, keep_blank_values=True))
+                token, _, method = url.path.removeprefix("/bot").partition("/")
+                if token != BOT_TOKEN:
+                    return self.answer({"ok": False, "error_code": 401, "description": "Unauthorized"}, 401)
+                if len(self.path) > 2000:
+                    return self.answer({"ok": False, "error_code": 414, "description": "Request-URI Too Large"}, 414)
+                self.fail_or(getattr(bot_api, method), parameters, method)
+
+            do_POST = do_GET
+
+            def fail_or(self, method, parameters, name):
+                chat_id = int(parameters.get("chat_id", 0))
+                with bot_api.changed:
+                    if name == "sendMessage":
+                        bot_api.attempts.append((time.monotonic(), chat_id, parameters["text"]))
+                    queue = bot_api.failures[chat_id] or bot_api.failures[name]
+                    failure = queue.popleft() if queue else None
+                time.sleep(bot_api.answer_seconds)
+                if failure is None:
+                    return self.answer({"ok": True, "result": method(parameters)})
+                if failure == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    self.close_connection = True
+                    return self.connection.close()
+                if failure == "lost":  # it was sent, but nobody is told
+                    method(parameters)
+                    failure = 3
+                if isinstance(failure, (int, float)):  # hang so many seconds, then close without a word
+                    time.sleep(failure)
+                    self.close_connection = True
+                elif isinstance(failure, (bytes, list)):
+                    self.answer(failure, 200 if isinstance(failure, list) else 502)
+                else:
+                    self.answer({"ok": False, **failure}, failure.get("error_code", 200))
+
+            def answer(self, value, status=200):
+                body = value if isinstance(value, bytes) else json.dumps(value).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+                except OSError:
+                    self.close_connection = True  # the client gave up waiting: its right
+
+            def log_message(self, *args):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 100
+
+            def handle_error(self, request, client_address):
+                if not isinstance(sys.exc_info()[1], OSError):
+                    super().handle_error(request, client_address)
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self):
+        with self.changed:
+            self.is_open = False
+            self.changed.notify_all()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def getMe(self, parameters):
+        return {"id": BOT_ID, "is_bot": True, "first_name": "Factory", "username": "factory_test_bot"}
+
+    def deleteWebhook(self, parameters):
+        return True
+
+    def setMyCommands(self, parameters):
+        return True
+
+    def getUpdates(self, parameters):
+        with self.changed:
+            self.polls += 1
+            if "offset" in parameters:
+                self.updates = [u for u in self.updates if u["update_id"] >= int(parameters["offset"])]
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.updates or not self.is_open, float(parameters["timeout"]))
+            return self.updates[:100]
+
+    def sendMessage(self, parameters):
+        chat_id, text = int(parameters["chat_id"]), parameters["text"]
+        assert 0 < len(text) <= 4096 and "parse_mode" not in parameters
+        assert json.loads(parameters["link_preview_options"]) == {"is_disabled": True}
+        with self.changed:
+            self.sent.append((chat_id, text))
+            self.changed.notify_all()
+            return {"message_id": len(self.sent), "date": 0, "chat": {"id": chat_id, "type": "private"}, "text": text}
+
+    def write(self, chat_id, text=None, reply_to=None, chat_type="private", kind="message", **content):
+        """Somebody writes to the bot in Telegram."""
+        chat = {"id": chat_id, "type": chat_type}
+        message = {"message_id": 5000, "date": 0, "chat": chat, **({"text": text} if text is not None else content)}
+        if chat_type == "private":
+            message["from"] = {"id": chat_id, "is_bot": False, "first_name": "Somebody"}
+        if reply_to:
+            message["reply_to_message"] = {"message_id": reply_to, "date": 0, "chat": chat, "text": "…"}
+        self.push({kind: message})
+
+    def push(self, update):
+        with self.changed:
+            self.updates.append({"update_id": self.next_update_id, **update})
+            self.next_update_id += 1
+            self.changed.notify_all()
+
+    def texts(self, chat_id):
+        return [text for chat, text in self.sent if chat == chat_id]
+
+    def wait_for(self, condition, seconds=10):
+        """Wait until something that was sent or polled makes the condition true."""
+        with self.changed:
+            assert self.changed.wait_for(condition, seconds), (self.sent[-5:], self.attempts[-5:])
+
+
+# --- Fixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch):
+    """Telegram itself cannot be reached from a test."""
+    for name in [n for n in os.environ if n.startswith(("TELEGRAM_", "FACTORYAPP_")) or n.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TELEGRAM_API_URL", "http://127.0.0.1:9")  # inherited by every process a test starts
+    connect = socket.socket.connect
+
+    def connect_to_loopback(sock, address):
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(sock, address)
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *a, **k: [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host if host == "127.0.0.1" else "203.0.113.1", port))])
+
+
+@pytest.fixture
+def http(tmp_path, monkeypatch):
+    """The WSGI app on a fresh database, with the bot in the terminal, hashing cheaply."""
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
+    monkeypatch.setattr(factoryapp, "SCRYPT", {"n": 16, "r": 8, "p": 1})
+    monkeypatch.setattr(factoryapp, "login_throttle", factoryapp.LoginThrottle())
+    factoryapp.nobodys_hash.cache_clear()
+    factoryapp.open_store()
+    factoryapp.turns.open(0, ())
+    return TestApp(factoryapp.app, extra_environ={"REMOTE_ADDR": "127.0.0.1"})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which moves only when told to."""
+    class Clock:
+        seconds = 1_800_000_000.0
+
+        def move(self, seconds):
+            self.seconds += seconds
+    clock = Clock()
+    monkeypatch.setattr(factoryapp, "now", lambda: clock.seconds)
+    return clock
+
+
+@pytest.fixture
+def bot_api():
+    bot_api = BotApi()
+    yield bot_api
+    bot_api.close()
+
+
+@pytest.fixture
+def telegram(http, bot_api):
+    """The bot's Telegram home on the loopback Bot API; no thread runs, tests call poll() and deliver_next()."""
+    home = factoryapp.Telegram(BOT_TOKEN, bot_api.url)
+    factoryapp.turns.open(home.id, ())
+    home.introduce()
+    return home
+
+
+@pytest.fixture
+def running(telegram):
+    """The same with its polling thread and senders at work."""
+    stop = threading.Event()
+    threads = [threading.Thread(target=telegram.run, args=(stop,), daemon=True)]
+    threads += [threading.Thread(target=factoryapp.run_outbox, args=(telegram, stop), daemon=True)
+                for _ in range(factoryapp.SENDERS)]
+    for thread in threads:
+        thread.start()
+    yield telegram
+    stop.set()
+    factoryapp.turns.open(None, ())
+    for thread in threads[1:]:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+class Program:
+    """`python factoryapp.py` as a real process, on a port of its own choice."""
+
+    def __init__(self, folder, *arguments, **env):
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "factoryapp.py"), "--port", "0", "--db", str(folder / "factoryapp.db"), *arguments],
+            env={**os.environ, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder / "log", "ab"))
+        self.said = ""
+        self.url = "http://" + self.wait_for(r"listens on http://(\S+)")[1]
+
+    def wait_for(self, pattern, seconds=10):
+        """Read what it prints until the pattern is there."""
+        ends_at = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.said)):
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0, ends_at - time.monotonic()))
+            chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
+            assert chunk, f"no {pattern!r} in {self.said!r}"
+            self.said += chunk.decode()
+        return match
+
+    def type(self, line):
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def end(self, signal_number=signal.SIGTERM):
+        """Its exit code, and how many seconds it took to end."""
+        started_at = time.monotonic()
+        self.process.send_signal(signal_number)
+        code = self.process.wait(10)
+        return code, time.monotonic() - started_at
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start the program on this test's database, as often as wanted."""
+    programs = []
+
+    def start(*arguments, **env):
+        programs.append(Program(tmp_path, *arguments, **env))
+        return programs[-1]
+    yield start
+    for program in programs:
+        if program.process.poll() is None:
+            program.process.kill()
+        program.process.wait()
+        program.process.stdin.close()
+        program.process.stdout.close()
+
+
+# --- What users do ----------------------------------------------------------------------------------------------------
+
+
+def register(http, username, password=PASSWORD):
+    return http.post_json("/api/users/register/", {"username": username, "password": password}).json
+
+
+def log_in(http, username, password=PASSWORD):
+    """The headers of a signed-in request."""
+    tokens = http.post_json("/auth/token/", {"username": username, "password": password}).json
+    return {"Authorization": f"Bearer {tokens['access']}"}
+
+
+def join(http, username):
+    """Register and log in."""
+    register(http, username)
+    return log_in(http, username)
+
+
+def post(http, headers, text, **fields):
+    return http.post_json("/api/messages/", {"text": text, **fields}, headers=headers).json
+
+
+def list_messages(http, headers):
+    return http.get("/api/messages/", headers=headers).json
+
+
+def link_token(http, headers):
+    return http.get("/api/users/get-telegram-token/", headers=headers).json["telegram_token"]
+
+
+def deliver_all(home):
+    while factoryapp.deliver_next(home):
+        pass
+
+
+def say(telegram, bot_api, chat_id, text=None, **content):
+    """Write to the bot, let it receive that and answer; what it sent to the chat since."""
+    before = len(bot_api.texts(chat_id))
+    bot_api.write(chat_id, text, **content)
+    telegram.poll()
+    deliver_all(telegram)
+    return bot_api.texts(chat_id)[before:]
+
+
+def link_chat(http, telegram, bot_api, headers, chat_id):
+    assert "успешно привязаны" in say(telegram, bot_api, chat_id, link_token(http, headers))[0]
+
+
+def check_database(path):
+    db = sqlite3.connect(path)
+    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+    db.close()
+
+
+# --- The tests' own ground --------------------------------------------------------------------------------------------
+
+
+def test_no_test_can_reach_the_real_telegram():
+    home = factoryapp.Telegram(BOT_TOKEN, "https://api.telegram.org")
+    with pytest.raises(factoryapp.TelegramError, match="cannot be reached: ConnectionError"):
+        home.introduce()
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = [line for line in (HERE / ".ci/run").read_text().splitlines() if "pytest" in line]
+    assert len(command) == 1 and f"    {command[0]}\n" in (HERE / "README.md").read_text()
+
+
+# --- Long texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [
+    "я" * 16_384, "слово " * 2000, "строка\n" * 2000, "👨‍👩‍👧‍👦" * 1500, "🇷🇺" * 5000, "é" * 6000, "👍🏽" * 4000,
+    "각" * 4000, "क्षि" * 3000, "a" + "\u0301" * 9000, " \n" * 100 + "x" + "\r\n" * 5000, "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 1000])
+def test_long_text_is_split_without_loss_between_characters(text):
+    parts = factoryapp.split_text(text)
+    assert all(0 < len(part) <= 4096 and part.strip() for part in parts)
+    assert "".join(parts).rstrip() == text.rstrip()
+    for part in parts[1:]:
+        assert not part.startswith(("\u200d", "\ufe0f", "🏽", "\U000e0067")) or text[:1] == "a"
+        assert not unicodedata.combining(part[0]) or text[:1] == "a"  # nothing but accents: there is no good place
+    if text[0] == "🇷":
+        assert all(len(part) % 2 == 0 for part in parts)
+    if text[0] in "сc" and len(parts) > 1:
+        assert all(part[-1].isspace() for part in parts[:-1])
+
+
+# --- Passwords and tokens ---------------------------------------------------------------------------------------------
+
+
+def test_password_is_kept_as_scrypt_with_its_parameters(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "SCRYPT", {"n": 2**15, "r": 8, "p": 3})
+    register(http, "alice")
+    kept = factoryapp.find_user_by_name(factoryapp.connection(), "alice")["password"]
+    assert kept.startswith("scrypt$32768$8$3$") and PASSWORD not in kept
+    monkeypatch.setattr(factoryapp, "SCRYPT", {"n": 16, "r": 8, "p": 1})
+    assert log_in(http, "alice")
+
+
+def test_no_more_than_two_passwords_are_hashed_at_once(http, monkeypatch):
+    at_work, most, real = [], [], factoryapp.hashlib.scrypt
+
+    def counted(*args, **kwargs):
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        at_work.pop()
+        return real(*args, **kwargs)
+    monkeypatch.setattr(factoryapp.hashlib, "scrypt", counted)
+    threads = [threading.Thread(target=factoryapp.hash_password, args=("x",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 2
+
+
+def test_access_token_lives_5_minutes_and_refresh_token_a_day(http, clock):
+    register(http, "alice")
+    tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json
+    headers = {"Authorization": f"Bearer {tokens['access']}"}
+    clock.move(299)
+    http.get("/api/users/", headers=headers)
+    clock.move(1)
+    assert http.get("/api/users/", headers=headers, status=401).json["messages"][0]["message"] == "Token is expired"
+    clock.move(24 * 3600 - 301)
+    http.post_json("/auth/token/refresh/", {"refresh": tokens["refresh"]})
+    clock.move(1)
+    assert http.post_json("/auth/token/refresh/", {"refresh": tokens["refresh"]}, status=401).json == {
+        "detail": "Token is expired", "code": "token_not_valid"}
+
+
+def test_claims_are_those_of_simplejwt(http):
+    user = register(http, "alice")
+    tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json
+    for kind, seconds in (("access", 300), ("refresh", 86_400)):
+        claims = jwt.decode(tokens[kind], options={"verify_signature": False})
+        assert list(claims) == ["token_type", "exp", "iat", "jti", "user_id"]
+        assert claims["token_type"] == kind and claims["exp"] - claims["iat"] == seconds
+        assert re.fullmatch("[0-9a-f]{32}", claims["jti"]) and claims["user_id"] == str(user["id"])
+
+
+# --- HTTP: the original's wire behaviour ------------------------------------------------------------------------------
+
+JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
+ONLY_LETTERS = "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."
+TAKEN = '{"username":["A user with that username already exists."]}'
+REQUIRED = '{"username":["This field is required."],"password":["This field is required."]}'
+BLANK = '{"username":["This field may not be blank."],"password":["This field may not be blank."]}'
+NULL = '{"username":["This field may not be null."],"password":["This field may not be null."]}'
+
+
+@pytest.mark.parametrize("sent, media_type, status, answer", [
+    ('{"username": "anna", "password": "S3cure-pass-91"}', JSON, 201, '{"id":2,"username":"anna"}'),
+    ('{"username": "alice", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
+    ('{"username": " \\uff41lice ", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
+    ("{}", JSON, 400, REQUIRED),
+    ('{"username": "", "password": ""}', JSON, 400, BLANK),
+    ('{"username": "  ", "password": "  "}', JSON, 400, BLANK),
+    ('{"username": null, "password": null}', JSON, 400, NULL),
+    ('{"username": ["a"], "password": {"a": 1}}', JSON, 400,
+     '{"username":["Not a valid string."],"password":["Not a valid string."]}'),
+    ('{"username": "a b!", "password": "S3cure-pass-91"}', JSON, 400, '{"username":["%s"]}' % ONLY_LETTERS),
+    ('{"username": "%s", "password": "S3cure-pass-91"}' % ("a" * 151), JSON, 400,
+     '{"username":["Ensure this field has no more than 150 characters."]}'),
+    ('{"username": "a\\u0000b", "password": "S3cure-pass-91"}', JSON, 400,
+     '{"username":["%s","Null characters are not allowed."]}' % ONLY_LETTERS),
+    ('{"username":"ab\\ud800","password":"S3cure-pass-91"}', JSON, 400,
+     '{"username":["%s","Surrogate characters are not allowed: U+D800."]}' % ONLY_LETTERS),
+    ('{"username": "anna", "password": "12345"}', JSON, 400,
+     '{"password":["This password is too short. It must contain at least 8 characters.","This password is entirely numeric."]}'),
+    ("[1, 2]", JSON, 400, '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}'),
+    ("null", JSON, 400, '{"non_field_errors":["No data provided"]}'),
+    ('{"username":', JSON, 400, '{"detail":"JSON parse error - Expecting value: line 1 column 13 (char 12)"}'),
+    ('{"username":NaN}', JSON, 400,
+     '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'NaN\'"}'),
+    (b'{"username":"\xff\xfe"}', JSON, 400,
+     '{"detail":"JSON parse error - \'utf-8\' codec can\'t decode byte 0xff in position 13: invalid start byte"}'),
+    ("", JSON, 400, REQUIRED),
+    ("", "text/plain", 400, REQUIRED),
+    ("hi", "text/plain", 415, '{"detail":"Unsupported media type \\"text/plain\\" in request."}'),
+    ("username=anna&password=S3cure-pass-91", FORM, 201, '{"id":2,"username":"anna"}'),
+    ('{"username": "anna", "password": "S3cure-pass-91", "is_superuser": true, "id": 77}', JSON, 201,
+     '{"id":2,"username":"anna"}'),
+    ('{"username": "Иван", "password": "S3cure-pass-91"}'.encode(), "application/json; charset=utf-8", 201,
+     '{"id":2,"username":"Иван"}'),
+    ('{"username": 5, "password": "S3cure-pass-91"}', JSON, 201, '{"id":2,"username":"5"}'),
+])
+def test_registration_answers_as_the_original(http, sent, media_type, status, answer):
+    register(http, "alice")
+    response = http.post("/api/users/register/", sent, content_type=media_type, status=status)
+    assert response.body.decode() == answer
+    assert response.headers["Content-Type"] == JSON
+
+
+def test_multipart_form_is_read(http):
+    response = http.post("/api/users/register/", {"username": "Анна", "password": PASSWORD}, upload_files=[("x", "x.txt", b"x")])
+    assert response.json == {"id": 1, "username": "Анна"}
+
+
+@pytest.mark.parametrize("path, sent, status, answer", [
+    ("/auth/token/", {"username": "alice", "password": "nope"}, 401,
+     '{"detail":"No active account found with the given credentials"}'),
+    ("/auth/token/", {"username": "nobody", "password": "nope"}, 401,
+     '{"detail":"No active account found with the given credentials"}'),
+    ("/auth/token/", {}, 400, REQUIRED),
+    ("/auth/token/", {"username": "", "password": ""}, 400, BLANK),
+    ("/auth/token/refresh/", {}, 400, '{"refresh":["This field is required."]}'),
+    ("/auth/token/refresh/", {"refresh": None}, 400, '{"refresh":["This field may not be null."]}'),
+    ("/auth/token/refresh/", [1], 400, '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}'),
+    ("/auth/token/refresh/", {"refresh": "junk"}, 401, '{"detail":"Token is invalid","code":"token_not_valid"}'),
+    ("/auth/token/refresh/", {"refresh": "ACCESS"}, 401, '{"detail":"Token has wrong type","code":"token_not_valid"}'),
+    ("/auth/token/verify/", {"token": "ACCESS"}, 200, "{}"),
+    ("/auth/token/verify/", {"token": "REFRESH"}, 200, "{}"),
+    ("/auth/token/verify/", {"token": "junk"}, 401, '{"detail":"Token is invalid","code":"token_not_valid"}'),
+    ("/auth/token/blacklist/", {"refresh": "REFRESH"}, 200, "{}"),
+    ("/auth/token/blacklist/", {"refresh": "ACCESS"}, 401, '{"detail":"Token has wrong type","code":"token_not_valid"}'),
+])
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer junk"}])  # the token views ignore that header
+def test_token_views_answer_as_the_original(http, path, sent, status, answer, headers):
+    register(http, "alice")
+    tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}, headers=headers).json
+    assert list(tokens) == ["refresh", "access"]
+    text = json.dumps(sent).replace("ACCESS", tokens["access"]).replace("REFRESH", tokens["refresh"])
+    response = http.post(path, text, content_type=JSON, headers=headers, status=status)
+    assert response.body.decode() == answer
+    assert response.headers.get("WWW-Authenticate") == ('Bearer realm="api"' if status == 401 else None)
+
+
+def test_refresh_makes_an_access_token_until_it_is_blacklisted(http):
+    register(http, "alice")
+    refresh = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json["refresh"]
+    answer = http.post_json("/auth/token/refresh/", {"refresh": refresh}).json
+    assert list(answer) == ["access"]
+    http.get("/api/users/", headers={"Authorization": f"Bearer {answer['access']}"})
+    http.post_json("/auth/token/blacklist/", {"refresh": refresh})
+    for path in ("refresh", "blacklist"):
+        dead = http.post_json(f"/auth/token/{path}/", {"refresh": refresh}, status=401).json
+        assert dead == {"detail": "Token is blacklisted", "code": "token_not_valid"}
+    assert http.post_json("/auth/token/verify/", {"token": refresh}, status=401).json == dead
+
+
+def not_for_any(message):
+    return {"detail": "Given token not valid for any token type", "code": "token_not_valid",
+            "messages": [{"token_class": "AccessToken", "token_type": "access", "message": message}]}
+
+
+NO_CREDENTIALS = {"detail": "Authentication credentials were not provided."}
+TWO_VALUES = {"detail": "Authorization header must contain two space-delimited values", "code": "bad_authorization_header"}
+NO_USER_ID = {"detail": "Token contained no recognizable user identification", "code": "token_not_valid"}
+NO_USER = {"detail": "User not found", "code": "user_not_found"}
+LATER = 4_000_000_000
+
+
+@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")  # we sign with HS512 what is to be refused
+@pytest.mark.parametrize("header, answer", [
+    (None, NO_CREDENTIALS), ("Basic YTpi", NO_CREDENTIALS), ("", NO_CREDENTIALS),
+    ("Bearer", TWO_VALUES), ("Bearer a b", TWO_VALUES), ("bearer junk", not_for_any("Token is invalid")),
+    ("Bearer junk", not_for_any("Token is invalid")), ("Bearer \xff\xfe", not_for_any("Token is invalid")),
+    ({"alg": "none"}, not_for_any("Token is invalid")),
+    ({"key": b"another key that is long enough to sign"}, not_for_any("Token is invalid")),
+    ({"alg": "HS512"}, not_for_any("Token is invalid")),
+    ({"token_type": "refresh"}, not_for_any("Token has wrong type")),
+    ({"token_type": None}, not_for_any("Token has wrong type")),
+    ({"token_type": ...}, not_for_any("Token has no type")),
+    ({"exp": 1}, not_for_any("Token is expired")),
+    ({"exp": ...}, not_for_any("Token has no 'exp' claim")),
+    ({"exp": "soon"}, not_for_any("Token is invalid")), ({"exp": [1]}, not_for_any("Token is invalid")),
+    ({"exp": float("inf")}, not_for_any("Token is invalid")), ({"iat": LATER}, not_for_any("Token is invalid")),
+    ({"jti": ...}, not_for_any("Token has no id")),
+    ({"user_id": ...}, NO_USER_ID),
+    *[({"user_id": odd}, NO_USER) for odd in ("77", "", "-1", "1e3", "９", None, [1], {}, True, 2**63, "9" * 400)],
+])
+def test_wrong_credentials_are_refused_as_by_the_original(http, header, answer):
+    join(http, "alice")
+    if isinstance(header, dict):
+        claims = {"token_type": "access", "exp": LATER, "iat": 1, "jti": "0" * 32, "user_id": "1", **header}
+        key, algorithm = claims.pop("key", factoryapp.jwt_key()), claims.pop("alg", "HS256")
+        claims = {name: value for name, value in claims.items() if value is not ...}
+        header = "Bearer " + jwt.encode(claims, None if algorithm == "none" else key, algorithm=algorithm)
+    headers = {} if header is None else {"Authorization": header}
+    for request in (lambda: http.get("/api/users/", headers=headers, status=401),
+                    lambda: http.post("/api/messages/", "{", content_type=JSON, headers=headers, status=401),
+                    lambda: http.put("/api/messages/", "{", headers=headers, status=401)):
+        response = request()
+        assert response.json == answer
+        assert response.headers["WWW-Authenticate"] == 'Bearer realm="api"'
+
+
+def test_deleted_user_is_not_found(http):
+    headers = join(http, "alice")
+    refresh = factoryapp.issue_token("refresh", 1)
+    factoryapp.connection().execute("DELETE FROM users")
+    assert http.get("/api/users/", headers=headers, status=401).json == NO_USER
+    assert http.post_json("/auth/token/refresh/", {"refresh": refresh}, status=401).json == {
+        "detail": "No active account found for the given token.", "code": "no_active_account"}
+    assert register(http, "mallory")["id"] == 2  # the old token must not become hers
+
+
+def test_registration_with_a_wrong_token_is_refused(http):
+    sent = {"username": "alice", "password": PASSWORD}
+    response = http.post_json("/api/users/register/", sent, headers={"Authorization": "Bearer junk"}, status=401)
+    assert response.json == not_for_any("Token is invalid")
+
+
+@pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
+def test_wrong_method_and_unknown_url_answer_json(http):
+    headers = join(http, "alice")
+    response = http.put_json("/api/messages/", {"text": "a"}, headers=headers, status=405)
+    assert response.body == b'{"detail":"Method \\"PUT\\" not allowed."}'
+    assert response.headers["Allow"] == "GET, POST, HEAD, OPTIONS"
+    assert http.request("/api/messages/", method="FOO", headers=headers, status=405).json == {
+        "detail": 'Method "FOO" not allowed.'}
+    assert http.get("/api/users/register/", status=405).headers["Allow"] == "POST, OPTIONS"
+    assert http.get("/auth/token/", headers={"Authorization": "Bearer junk"}, status=405).json == {
+        "detail": 'Method "GET" not allowed.'}
+    options = http.options("/api/messages/", status=204)
+    assert options.headers["Allow"] == "GET, POST, HEAD, OPTIONS" and options.body == b""
+    assert http.get("/api/nothing/", status=404).body == b'{"detail":"Not found."}'
+
+
+def test_path_without_its_slash_is_served(http):
+    assert http.post_json("/api/users/register", {"username": "alice", "password": PASSWORD}, status=201).json["id"] == 1
+    assert http.get("/api/users", headers=log_in(http, "alice")).json == [{"id": 1, "username": "alice"}]
+
+
+@pytest.mark.parametrize("spelling", ["alice", " alice ", "ａｌｉｃｅ"])
+def test_username_is_normalised_at_login_too(http, spelling):
+    register(http, "alice")
+    assert log_in(http, spelling)
+
+
+def test_password_is_kept_exactly(http):
+    register(http, "alice", "  spaced out  ")
+    assert log_in(http, "alice", "  spaced out  ")
+    http.post_json("/auth/token/", {"username": "alice", "password": "spaced out"}, status=401)
+
+
+# --- HTTP: messages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent, status, answer", [
+    ('{"text": "  \\u043f\\u0440\\u0438\\u0432\\u0435\\u0442\\n"}', 201, "  привет\n"),
+    ('{"text": 5}', 201, "5"), ('{"text": "5", "extra": [1]}', 201, "5"),
+    ('{"text": "   "}', 400, '{"text":["This field may not be blank."]}'),
+    ("{}", 400, '{"text":["This field is required."]}'),
+    ('{"text": null}', 400, '{"text":["This field may not be null."]}'),
+    ('{"text": true}', 400, '{"text":["Not a valid string."]}'),
+    ('{"text": "a\\u0000"}', 400, '{"text":["Null characters are not allowed."]}'),
+    ('{"text": "%s"}' % ("a" * 16_385), 400, '{"text":["Ensure this field has no more than 16384 characters."]}'),
+    ('{"text": "a", "recipient": "nobody"}', 400, '{"recipient":["No such user."]}'),
+    ('{"text": "a", "recipient": null}', 400, '{"recipient":["This field may not be null."]}'),
+    ('{"text": "a", "recipient": 1e999}', 400,
+     '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'1e999\'"}'),
+])
+def test_message_fields(http, sent, status, answer):
+    headers = join(http, "alice")
+    response = http.post("/api/messages/", sent.encode(), content_type=JSON, headers=headers, status=status)
+    if status == 201:
+        assert response.json["text"] == answer == list_messages(http, headers)[0]["text"]
+    else:
+        assert response.body.decode() == answer and list_messages(http, headers) == []
+
+
+def test_message_has_the_promised_fields(http, clock):
+    headers = join(http, "alice")
+    message = post(http, headers, "привет")
+    assert message == {"id": 1, "sender": "alice", "recipient": "alice", "text": "привет", "source": "api",
+                       "created_at": "2027-01-15T08:00:00.000000Z", "delivery": "unlinked"}
+    assert list_messages(http, headers) == [message]
+
+
+@pytest.mark.parametrize("character", ["я", "👍"])
+def test_longest_text_is_taken_in_any_encoding(http, character):
+    headers, text = join(http, "alice"), character * 16_384
+    assert http.post_json("/api/messages/", {"text": text}, headers=headers).json["text"] == text
+    raw = json.dumps({"text": text}, ensure_ascii=False).encode()
+    assert http.post("/api/messages/", raw, content_type=JSON, headers=headers).json["text"] == text
+    assert http.post("/api/messages/", {"text": text, "recipient": ""}, headers=headers).json["recipient"] == "alice"
+
+
+def test_list_has_what_one_sent_and_received_oldest_first(http):
+    alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
+    post(http, alice, "to bob", recipient="bob")
+    post(http, bob, "to myself")
+    post(http, carol, "to alice", recipient=" alice ")
+    post(http, bob, "back", recipient="alice")
+
+    def texts(headers):
+        return [(m["sender"], m["recipient"], m["text"]) for m in list_messages(http, headers)]
+    assert texts(alice) == [("alice", "bob", "to bob"), ("carol", "alice", "to alice"), ("bob", "alice", "back")]
+    assert texts(bob) == [("alice", "bob", "to bob"), ("bob", "bob", "to myself"), ("bob", "alice", "back")]
+    assert texts(carol) == [("carol", "alice", "to alice")]
+
+
+def test_long_lists_are_whole(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "LIST_PAGE_ROWS", 7)
+    headers = join(http, "alice")
+    for n in range(6):
+        join(http, f"user{n}")
+    for n in range(21):
+        post(http, headers, str(n), **({"recipient": "user1"} if n % 3 else {}))
+        assert [m["text"] for m in list_messages(http, headers)] == [str(i) for i in range(n + 1)]
+    assert [u["id"] for u in http.get("/api/users/", headers=headers).json] == [1, 2, 3, 4, 5, 6, 7]
+
+
+# --- The bot's conversation, in Telegram ------------------------------------------------------------------------------
+
+
+def test_link_token_links_the_chat_once(http, telegram, bot_api):
+    headers = join(http, "alice")
+    answer = http.get("/api/users/get-telegram-token/", headers=headers).json
+    assert answer["link"] == f"https://t.me/factory_test_bot?start={answer['telegram_token']}"
+    said = say(telegram, bot_api, 7, f"/start {answer['telegram_token']}")
+    assert len(said) == 1 and "успешно привязаны" in said[0] and "alice" in said[0]
+    assert "неверный или устарел" in say(telegram, bot_api, 8, answer["telegram_token"])[0]
+    stored = factoryapp.connection().execute("SELECT * FROM link_tokens").fetchall()
+    assert stored == []
+
+
+def test_link_token_is_stored_as_a_hash_alone(http):
+    token = link_token(http, join(http, "alice"))
+    dump = "\n".join(factoryapp.connection().iterdump())
+    assert "link_tokens" in dump and token not in dump
+    assert http.get("/api/users/get-telegram-token/", headers=log_in(http, "alice")).json["link"] is None
+
+
+def test_link_token_lives_10_minutes_and_a_new_one_replaces_it(http, telegram, bot_api, clock):
+    headers = join(http, "alice")
+    old, new = link_token(http, headers), link_token(http, headers)
+    assert "неверный или устарел" in say(telegram, bot_api, 7, old)[0]
+    clock.move(600)
+    assert "неверный или устарел" in say(telegram, bot_api, 7, new)[0]
+    headers = log_in(http, "alice")
+    answer = http.get("/api/users/get-telegram-token/", headers=headers).json
+    assert answer["expires_at"] == factoryapp.iso(clock.seconds + 600)
+    clock.move(599)
+    assert "успешно привязаны" in say(telegram, bot_api, 7, answer["telegram_token"])[0]
+
+
+def test_bot_answers_as_agreed(http, telegram, bot_api):
+    headers = join(http, "alice")
+    assert "токен" in say(telegram, bot_api, 7, "/start")[0] and "get-telegram-token" in say(telegram, bot_api, 7, "/start")[0]
+    for wrong in ("hello", "/stop", "/start nonsense", "/foo", "x" * 43):
+        assert "неверный или устарел" in say(telegram, bot_api, 7, wrong)[0]
+    assert "/stop" in say(telegram, bot_api, 7, "/help")[0]
+    link_chat(http, telegram, bot_api, headers, 7)
+    assert "alice" in say(telegram, bot_api, 7, "/start@factory_test_bot")[0]
+    assert "не знаю" in say(telegram, bot_api, 7, "/foo")[0]
+    assert "неверный или устарел" in say(telegram, bot_api, 7, "/start nonsense")[0]
+    assert say(telegram, bot_api, 7, sticker={"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1, "type": "regular",
+                                              "is_animated": False, "is_video": False}) == [factoryapp.TEXT_ONLY]
+    assert list_messages(http, headers) == []
+    assert "отвязан" in say(telegram, bot_api, 7, "/stop")[0]
+    assert post(http, headers, "to nobody")["delivery"] == "unlinked"
+    assert "неверный или устарел" in say(telegram, bot_api, 7, "hello")[0]
+
+
+def test_group_is_told_once_that_linking_is_for_private_chats(http, telegram, bot_api):
+    token = link_token(http, join(http, "alice"))
+    assert say(telegram, bot_api, -100, token, chat_type="group") == [factoryapp.PRIVATE_ONLY]
+    assert say(telegram, bot_api, -100, "/start " + token, chat_type="group") == []
+    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == [factoryapp.PRIVATE_ONLY]
+    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == []
+    assert "успешно привязаны" in say(telegram, bot_api, 7, token)[0]
+
+
+def test_message_is_relayed_to_its_senders_chat_word_for_word(http, telegram, bot_api):
+    headers = join(http, "alice")
+    link_chat(http, telegram, bot_api, headers, 7)
+    text = "*не* <b>разметка</b>\nhttps://example.org"
+    assert post(http, headers, text)["delivery"] == "queued"
+    deliver_all(telegram)
+    assert bot_api.texts(7)[1:] == [f"alice, я получил от тебя сообщение:\n\n{text}"]
+    assert list_messages(http, headers)[0]["delivery"] == "sent"
+
+
+def test_message_to_another_reaches_both_chats(http, telegram, bot_api):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    link_chat(http, telegram, bot_api, alice, 7)
+    link_chat(http, telegram, bot_api, bob, 8)
+    post(http, alice, "привет", recipient="bob")
+    deliver_all(telegram)
+    assert bot_api.texts(7)[1:] == ["alice, я получил от тебя сообщение:\n\nпривет"]
+    assert bot_api.texts(8)[1:] == ["Сообщение от alice:\n\nпривет"]
+    assert list_messages(http, bob)[0]["delivery"] == "sent"
+
+
+def test_text_to_the_bot_is_a_message_and_a_reply_goes_to_the_author(http, telegram, bot_api):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    link_chat(http, telegram, bot_api, alice, 7)
+    link_chat(http, telegram, bot_api, bob, 8)
+    assert say(telegram, bot_api, 8, "заметка") == ["bob, я получил от тебя сообщение:\n\nзаметка"]
+    own_copy = len(bot_api.sent)
+    post(http, alice, "привет " * 1000, recipient="bob")
+    deliver_all(telegram)
+    last_part = max(n for n, (chat, _) in enumerate(bot_api.sent, 1) if chat == 8)
+    say(telegram, bot_api, 8, "ответ", reply_to=last_part)
+    say(telegram, bot_api, 8, "себе", reply_to=own_copy)
+    assert bot_api.texts(7)[-1] == "Сообщение от bob:\n\nответ"
+    assert [(m["recipient"], m["text"], m["source"]) for m in list_messages(http, bob) if m["sender"] == "bob"] == [
+        ("bob", "заметка", "telegram"), ("alice", "ответ", "telegram"), ("bob", "себе", "telegram")]
+
+
+def test_long_message_goes_out_in_parts_in_order(http, telegram, bot_api):
+    headers, text = join(http, "alice"), "слово " * 2700
+    link_chat(http, telegram, bot_api, headers, 7)
+    post(http, headers, text)
+    factoryapp.deliver_next(telegram)
+    assert list_messages(http, headers)[0]["delivery"] == "queued"
+    deliver_all(telegram)
+    assert len(bot_api.texts(7)) == 5
+    assert "".join(bot_api.texts(7)[1:]) == f"alice, я получил от тебя сообщение:\n\n{text}"
+    assert list_messages(http, headers)[0]["delivery"] == "sent"
+
+
+def test_chat_moves_to_another_account_only_with_its_token(http, telegram, bot_api):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    link_chat(http, telegram, bot_api, alice, 7)
+    link_chat(http, telegram, bot_api, bob, 7)
+    assert post(http, alice, "a")["delivery"] == "unlinked"
+    assert post(http, bob, "b")["delivery"] == "queued"
+    link_chat(http, telegram, bot_api, bob, 9)  # and an account has one chat
+    assert "неверный или устарел" in say(telegram, bot_api, 7, "hello")[-1]
+
+
+# --- Updates count once -----------------------------------------------------------------------------------------------
+
+
+def test_odd_update_is_tried_three_times_then_skipped(http, telegram, bot_api, caplog):
+    headers = join(http, "alice")
+    bot_api.push({"message": {"message_id": "?", "chat": "nonsense"}})
+    bot_api.push({"some_new_kind": {}})
+    assert "успешно привязаны" in say(telegram, bot_api, 7, link_token(http, headers))[0]
+    assert [r.message for r in caplog.records if "try" in r.message] == [
+        f"update 100 failed, try {n} of 3" for n in (1, 2, 3)]
+    assert "update 100 is skipped" in caplog.text
+    assert factoryapp.find_bot(factoryapp.connection(), BOT_ID)["next_update_id"] == 103
+
+
+def test_update_that_the_database_refuses_comes_again(http, telegram, bot_api, monkeypatch):
+    headers = join(http, "alice")
+    bot_api.write(7, link_token(http, headers))
+    monkeypatch.setattr(factoryapp, "link_chat", lambda *args: (_ for _ in ()).throw(sqlite3.OperationalError("disk full")))
+    with pytest.raises(sqlite3.OperationalError):
+        telegram.poll()
+    monkeypatch.undo()
+    monkeypatch.setattr(factoryapp.settings, "db", factoryapp.local.path)
+    telegram.poll()
+    deliver_all(telegram)
+    assert "успешно привязаны" in bot_api.texts(7)[0]
+
+
+def test_update_ids_may_restart_lower(http, telegram, bot_api):
+    bot_api.write(7, "/start")
+    bot_api.next_update_id = 5
+    assert len(say(telegram, bot_api, 7, "/start")) == 2
+    assert factoryapp.find_bot(factoryapp.connection(), BOT_ID)["next_update_id"] == 6
+
+
+@pytest.mark.parametrize("failure", [
+    {"error_code": 409, "description": "Conflict: can't use getUpdates method while webhook is active"},
+    {"error_code": 409, "description": "Conflict: terminated by other getUpdates request"},
+    {"error_code": 401, "description": "Unauthorized"}, {"error_code": 500, "description": "Internal Server Error"},
+    b"<html>502 Bad Gateway</html>", {}, [1], "reset", 0.1])
+def test_polling_goes_on_after_a_failure(http, telegram, bot_api, monkeypatch, failure):
+    monkeypatch.setattr(factoryapp, "backoff", lambda *args: 0.01)
+    bot_api.failures["getMe"].append(failure)
+    bot_api.failures["getUpdates"].extend([failure, failure])
+    bot_api.write(7, "/start")
+    stop = threading.Event()
+    thread = threading.Thread(target=telegram.run, args=(stop,), daemon=True)
+    thread.start()
+    bot_api.wait_for(lambda: bot_api.polls >= 2)
+    stop.set()
+    deliver_all(telegram)
+    assert bot_api.texts(7) == [factoryapp.GREETING]
+
+
+# --- Outbox -----------------------------------------------------------------------------------------------------------
+
+RETRY_AFTER_9 = {"error_code": 429, "description": "Too Many Requests", "parameters": {"retry_after": 9}}
+BLOCKED = {"error_code": 403, "description": "Forbidden: bot was blocked by the user"}
+CHAT_NOT_FOUND = {"error_code": 400, "description": "Bad Request: chat not found"}
+TOO_LONG = {"error_code": 400, "description": "Bad Request: message is too long"}
+
+
+@pytest.fixture
+def linked(http, telegram, bot_api):
+    """Alice, whose chat is 7."""
+    headers = join(http, "alice")
+    link_chat(http, telegram, bot_api, headers, 7)
+    bot_api.sent.clear()
+    return headers
+
+
+def test_too_many_requests_waits_as_long_as_told(http, telegram, bot_api, clock, linked):
+    bot_api.failures[7].append(RETRY_AFTER_9)
+    headers = log_in(http, "alice")
+    post(http, headers, "one")
+    post(http, headers, "two")
+    deliver_all(telegram)
+    clock.move(8.9)
+    factoryapp.turns.hurry()
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(0.2)
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("failure", [
+    {"error_code": 500, "description": "Internal Server Error"}, {"error_code": 401, "description": "Unauthorized"},
+    {"error_code": 429, "description": "Too Many Requests"}, b"<html>502 Bad Gateway</html>", {}, [1], "reset"])
+def test_failed_send_is_tried_again_after_the_pause(http, telegram, bot_api, clock, linked, failure):
+    bot_api.failures[7].extend([failure] * 3)
+    headers = log_in(http, "alice")
+    post(http, headers, "one")
+    post(http, headers, "two")
+    for attempts in range(3):
+        deliver_all(telegram)
+        assert len(bot_api.attempts) == 2 + attempts  # the answer to linking, then one a pause
+        assert list_messages(http, headers)[0]["delivery"] == "queued"
+        clock.move(2**attempts)
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
+
+
+def test_pause_grows_to_five_minutes_with_jitter():
+    pauses = [factoryapp.backoff(attempts, 300) for attempts in range(2000)]
+    assert all(150 <= pause <= 300 for pause in pauses[9:]) and 0.5 <= pauses[0] <= 1
+    assert len(set(pauses[9:])) > 100
+
+
+def test_when_telegram_comes_back_its_absence_is_not_waited_out(http, telegram, bot_api, clock, linked):
+    bot_api.failures[7].extend(["reset"])
+    headers = log_in(http, "alice")
+    post(http, headers, "one")
+    deliver_all(telegram)
+    factoryapp.turns.hurry()
+    deliver_all(telegram)
+    assert len(bot_api.texts(7)) == 1
+
+
+@pytest.mark.parametrize("failure", [BLOCKED, CHAT_NOT_FOUND])
+def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(http, telegram, bot_api, linked, failure):
+    bot_api.failures[7].append(failure)
+    post(http, linked, "one")
+    post(http, linked, "two")
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "failed"]
+    assert post(http, linked, "three")["delivery"] == "unlinked"
+    reasons = factoryapp.connection().execute("SELECT error FROM outbox WHERE given_up_at IS NOT NULL").fetchall()
+    assert [failure["description"] in row["error"] for row in reasons] == [True, True]
+
+
+def test_text_that_can_never_be_sent_is_given_up_alone(http, telegram, bot_api, linked):
+    bot_api.failures[7].append(TOO_LONG)
+    post(http, linked, "one " * 2000)
+    post(http, linked, "two")
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["ne ", "two"]  # the rest of the first is sent all the same
+    assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "sent"]
+
+
+def test_sent_message_is_not_sent_again_when_settling_fails(http, telegram, bot_api, linked, monkeypatch):
+    failures, real = [sqlite3.OperationalError("disk full")] * 2, factoryapp.settle_sent
+
+    def fail_twice(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+    monkeypatch.setattr(factoryapp, "settle_sent", fail_twice)
+    monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
+    post(http, linked, "one")
+    deliver_all(telegram)
+    assert len(bot_api.attempts) == 2 and len(bot_api.sent) == 1
+    assert list_messages(http, linked)[0]["delivery"] == "sent"
+
+
+def test_no_more_than_thirty_sends_a_second(http, telegram, bot_api, clock, linked):
+    headers = log_in(http, "alice")
+    for n in range(70):
+        post(http, headers, str(n))
+    clock.move(1)
+    for sent in (30, 60, 70):
+        deliver_all(telegram)
+        assert len(bot_api.sent) == sent
+        clock.move(1)
+
+
+def test_chat_that_hangs_delays_no_other(http, running, bot_api, monkeypatch):
+    monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 3)
+    people = {}
+    for chat_id, name in ((7, "alice"), (8, "bob")):
+        people[name] = join(http, name)
+        bot_api.write(chat_id, link_token(http, people[name]))
+        bot_api.wait_for(lambda: bot_api.texts(chat_id))
+    bot_api.failures[7].append(3)
+    post(http, people["alice"], "hangs")
+    started_at = time.monotonic()
+    for n in range(20):
+        post(http, people["bob"], str(n))
+    bot_api.wait_for(lambda: len(bot_api.texts(8)) == 21)
+    assert time.monotonic() - started_at < 1.5
+    assert len(bot_api.texts(7)) == 1
+
+
+def test_two_people_and_a_bad_day(http, running, bot_api, monkeypatch):
+    """200 messages between two chats; 429, 500, resets and a hang on the way, and at the end one chat blocks the bot."""
+    monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(factoryapp, "SENDS_PER_SECOND", 400)
+    factoryapp.turns.open(running.id, ())
+    people, chats = {}, {"alice": 7, "bob": 8}
+    for name, chat_id in chats.items():
+        people[name] = join(http, name)
+        bot_api.write(chat_id, link_token(http, people[name]))
+        bot_api.wait_for(lambda: bot_api.texts(chat_id))
+    bot_api.sent.clear()
+    trouble = [{**RETRY_AFTER_9, "parameters": {"retry_after": 1}}, "reset",
+               {"error_code": 500, "description": "Internal Server Error"}, 1.0]
+    names = list(chats)
+    for n in range(200):
+        if n in (20, 60, 100, 140):
+            bot_api.failures[chats[names[n // 20 % 2]]].append(trouble.pop())
+        post(http, people[names[n % 2]], str(n), recipient=names[(n + 1) % 2])
+    bot_api.wait_for(lambda: len(bot_api.sent) == 400, seconds=20)
+    for chat_id in chats.values():
+        numbers = [int(text.split()[-1]) for text in bot_api.texts(chat_id)]
+        assert numbers == list(range(200))
+    assert {m["delivery"] for m in list_messages(http, people["alice"])} == {"sent"}
+    bot_api.failures[8].append(BLOCKED)
+    post(http, people["alice"], "last", recipient="bob")
+    bot_api.wait_for(lambda: len(bot_api.texts(7)) == 201)
+    bot_api.wait_for(lambda: len(bot_api.attempts) > 405)
+    for _ in range(100):
+        if (delivery := list_messages(http, people["alice"])[-1]["delivery"]) == "failed":
+            break
+        time.sleep(0.02)
+    assert delivery == "failed" and post(http, people["bob"], "gone")["delivery"] == "unlinked"
+
+
+# --- The program ------------------------------------------------------------------------------------------------------
+
+
+def use(url, path, body=None, headers=None, status=200):
+    """A request to the running program, as curl would make it."""
+    response = requests.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=10)
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+def join_program(program, username):
+    use(program.url, "/api/users/register/", {"username": username, "password": PASSWORD}, status=201)
+    return log_in_program(program, username)
+
+
+def log_in_program(program, username):
+    tokens = use(program.url, "/auth/token/", {"username": username, "password": PASSWORD})
+    return {"Authorization": f"Bearer {tokens['access']}"}
+
+
+def test_whole_journey_in_the_terminal(start, tmp_path):
+    program = start()
+    assert str(tmp_path / "factoryapp.db") in program.said
+    program.wait_for("bot: this terminal")
+    headers = join_program(program, "alice")
+    program.type("/start")
+    program.wait_for("Пришлите мне токен")
+    answer = use(program.url, "/api/users/get-telegram-token/", headers=headers)
+    assert answer["link"] is None
+    program.type(answer["telegram_token"])
+    program.wait_for("успешно привязаны")
+    use(program.url, "/api/messages/", {"text": "при\x1b[2Jвет"}, headers, status=201)
+    program.wait_for("alice, я получил от тебя сообщение:\n\nпри\ufffd\\[2Jвет\n")
+    program.type("написано боту")
+    program.wait_for("alice, я получил от тебя сообщение:\n\nнаписано боту\n")
+    assert program.end() == (0, pytest.approx(0, abs=2))
+    program = start()  # a link, a login and the messages outlive the process
+    assert [(m["text"], m["source"]) for m in use(program.url, "/api/messages/", headers=headers)] == [
+        ("при\x1b[2Jвет", "api"), ("написано боту", "telegram")]
+    use(program.url, "/api/messages/", {"text": "снова"}, headers, status=201)
+    program.wait_for("снова")
+    assert program.end(signal.SIGINT) == (0, pytest.approx(0, abs=2))
+    assert (tmp_path / "log").read_text() == ""
+    check_database(tmp_path / "factoryapp.db")
+
+
+def test_whole_journey_in_telegram(start, bot_api, tmp_path):
+    env = {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": bot_api.url}
+    program = start(**env)
+    program.wait_for("bot: @factory_test_bot on Telegram")
+    headers = join_program(program, "alice")
+    answer = use(program.url, "/api/users/get-telegram-token/", headers=headers)
+    bot_api.write(7, "/start " + answer["link"].partition("?start=")[2])
+    bot_api.wait_for(lambda: "успешно привязаны" in "".join(bot_api.texts(7)))
+    use(program.url, "/api/messages/", {"text": "я" * 16_384}, headers, status=201)
+    bot_api.wait_for(lambda: len(bot_api.texts(7)) == 6)
+    assert program.end() == (0, pytest.approx(0, abs=2))  # with a long poll in flight
+    check_database(tmp_path / "factoryapp.db")
+
+
+def test_killed_program_loses_nothing_and_hears_nothing_twice(start, bot_api, tmp_path):
+    env = {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": bot_api.url}
+    program = start(**env)
+    headers = join_program(program, "alice")
+    bot_api.write(7, use(program.url, "/api/users/get-telegram-token/", headers=headers)["telegram_token"])
+    bot_api.wait_for(lambda: bot_api.texts(7))
+    bot_api.failures[7].append(5)
+    for n in range(5):
+        use(program.url, "/api/messages/", {"text": str(n)}, headers, status=201)
+    bot_api.wait_for(lambda: len(bot_api.attempts) == 2)
+    program.end(signal.SIGKILL)
+    bot_api.write(7, "пока тебя не было")
+    start(**env)
+    bot_api.wait_for(lambda: len(bot_api.texts(7)) == 7)
+    assert [text.split("\n")[-1] for text in bot_api.texts(7)[1:]] == ["0", "1", "2", "3", "4", "пока тебя не было"]
+    check_database(tmp_path / "factoryapp.db")
+
+
+def test_telegram_that_refuses_the_token_is_told_and_the_api_stays_up(start, bot_api, tmp_path):
+    program = start(TELEGRAM_BOT_TOKEN="4242:wrong", TELEGRAM_API_URL=bot_api.url)
+    join_program(program, "alice")
+    assert "Telegram refuses TELEGRAM_BOT_TOKEN" in (tmp_path / "log").read_text()
+    assert "4242:wrong" not in (tmp_path / "log").read_text()
+    assert program.end()[0] == 0
+
+
+def test_telegram_that_cannot_be_reached_is_no_reason_not_to_start(start, tmp_path):
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN)
+    join_program(program, "alice")
+    assert "cannot be reached" in (tmp_path / "log").read_text()
+    assert BOT_TOKEN not in (tmp_path / "log").read_text()
+
+
+def run_program(*arguments, **env):
+    """The exit code, standard output and standard error of a run that ends by itself."""
+    done = subprocess.run([sys.executable, str(HERE / "factoryapp.py"), *arguments], env={**os.environ, **env},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments, env, hint", [
+    ([], {"TELEGRAM_BOT_TOKEN": "nonsense"}, "@BotFather"),
+    ([], {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": "telegram"}, "TELEGRAM_API_URL"),
+    ([], {"FACTORYAPP_SECRET": "short"}, "at least 32 bytes"),
+    ([], {"FACTORYAPP_PORT": "eighty"}, "--port"), (["--port", "99999"], {}, "--port"), (["--prot", "1"], {}, "--help"),
+    (["--host", "256.1.1.1"], {}, "--host"), (["--port", "TAKEN"], {}, "--port"),
+    (["--db", "/nonexistent/factoryapp.db"], {}, "--db"), (["--db", "FOLDER"], {}, "--db"), (["--db", "NEWER"], {}, "newer"),
+    (["--db", "TEXT"], {}, "--db"),
+])
+def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
+    with socket.create_server(("127.0.0.1", 0)) as taken, sqlite3.connect(tmp_path / "newer.db") as newer:
+        newer.execute("PRAGMA user_version = 999")
+        (tmp_path / "text").write_text("this is no database " * 100)
+        names = {"TAKEN": str(taken.getsockname()[1]), "FOLDER": str(tmp_path), "NEWER": str(tmp_path / "newer.db"),
+                 "TEXT": str(tmp_path / "text")}
+        arguments = ["--port", "0", "--db", str(tmp_path / "factoryapp.db")] + [names.get(a, a) for a in arguments]
+        if "FACTORYAPP_PORT" in env:
+            arguments = arguments[2:]
+        code, out, error = run_program(*arguments, **env)
+    assert code == 2 and out == "" and hint in error
+    assert error.startswith("factoryapp: ") and error.count("\n") == 1
+
+
+def test_second_process_on_a_database_is_refused(start, tmp_path):
+    start()
+    code, _, error = run_program("--port", "0", "--db", str(tmp_path / "factoryapp.db"))
+    assert code == 2 and "already running" in error and error.count("\n") == 1
+
+
+def test_help_explains_every_setting():
+    code, out, _ = run_program("--help")
+    assert code == 0
+    for setting in ("--host", "--port", "--db", "FACTORYAPP_HOST", "FACTORYAPP_PORT", "FACTORYAPP_DB", "TELEGRAM_BOT_TOKEN",
+                    "TELEGRAM_API_URL", "FACTORYAPP_SECRET", "--trusted-proxy"):
+        assert setting in out
