@@ -43,6 +43,8 @@ import telebot
 import waitress
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 from telebot import apihelper
+from waitress import wasyncore
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
@@ -62,7 +64,8 @@ MAX_PASSWORD = 1024
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096  # JSON may spell one code point as 12 bytes: \ud83d\ude00
-LIST_PAGE_ROWS = 500
+LIST_PAGE_ROWS = 200
+TOKENS_REMEMBERED = 10_000
 
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
 HASHES_AT_ONCE = 2
@@ -81,11 +84,13 @@ POLL_BACKOFF_MAX_SECONDS = 30
 RETRY_AFTER_MAX_SECONDS = 3600  # more than Telegram ever asked for
 UPDATE_TRIES = 3
 
-QUICK_THREADS = 4
+PATIENT_THREADS = 4
 CONNECTIONS = 200
 REQUEST_SECONDS = 20  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
+PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
+MAX_UNSENT_BYTES = 1024 * 1024  # of an answer, before its first bytes leave: more than any answer to a write has
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 log = logging.getLogger("factoryapp")
@@ -146,20 +151,36 @@ class BadSetting(Exception):
     """The server cannot start as it was told to; the text tells the operator what to do."""
 
 
+class MustWait(BaseException):
+    """Raised on the thread that serves everybody, by what would hold it up: Lanes does it again on a thread that may wait.
+
+    Raised before anything has happened. A BaseException, since it is no error and must pass everybody who catches those.
+    """
+
+
 class Connection(sqlite3.Connection):
-    """A connection that knows which chats its open transaction queued something for."""
+    """A thread's connection, with what its open transaction has to remember until the commit."""
 
-    queued_for = None  # set of (bot id, chat id)
+    is_grouping = False  # transactions are not committed one by one, but together, by commit()
+    transactions = 0  # begun so far
+    is_lost = False  # SQLite took back the group's earlier transactions when a later one failed
+    queued_for = frozenset()  # (bot id, chat id) of the chats that something was queued for
 
 
-local = threading.local()
+local = threading.local()  # this thread's `db`, the `path` it is open on, and its `patience`
 write_lock = threading.Lock()
+
+
+def may_not_wait():
+    """Whether this is the thread that serves everybody: it has some patience for other writers, in seconds, but not much."""
+    return hasattr(local, "patience")
 
 
 def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
-        db = sqlite3.connect(settings.db, timeout=DATABASE_BUSY_SECONDS, isolation_level=None, factory=Connection)
+        db = sqlite3.connect(settings.db, timeout=0 if may_not_wait() else DATABASE_BUSY_SECONDS, isolation_level=None,
+                             factory=Connection)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
         db.execute("PRAGMA foreign_keys = ON")
@@ -167,29 +188,63 @@ def connection():
     return local.db
 
 
-@contextmanager
-def transaction():
-    """One write, all or nothing, on disk when it ends. Raises sqlite3.OperationalError when others write for too long."""
-    db = connection()
-    if not write_lock.acquire(timeout=DATABASE_BUSY_SECONDS):
-        raise sqlite3.OperationalError("database is locked by a thread of ours")
+def begin(db):
+    """Start a write, after those of other threads. Raises MustWait, or sqlite3.OperationalError when they take too long."""
+    if not write_lock.acquire(timeout=getattr(local, "patience", DATABASE_BUSY_SECONDS)):
+        raise MustWait if may_not_wait() else sqlite3.OperationalError("other threads write for too long")
     try:
-        db.queued_for = set()
         db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-            db.execute("COMMIT")
-        except BaseException as error:
-            if "FSYNC" in getattr(error, "sqlite_errorname", ""):
-                log.critical("the disk failed to store a commit: ending, since what memory holds can no longer be trusted")
-                os._exit(1)
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-    finally:
+    except sqlite3.OperationalError as error:
         write_lock.release()
+        raise MustWait if may_not_wait() and "locked" in str(error) else error
+    db.queued_for, db.is_lost = set(), False
+
+
+def commit(db):
+    """Bring a write to the disk, then wake the senders. When it raises sqlite3.Error, nothing was stored."""
+    try:
+        if db.is_lost:
+            raise sqlite3.OperationalError("an earlier part of the transaction was lost")
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        if "FSYNC" in getattr(error, "sqlite_errorname", ""):
+            log.critical("the disk failed to store a commit: ending, since what memory holds can no longer be trusted")
+            os._exit(1)
+        raise
+    finally:
+        release(db)
     for bot_id, chat_id in db.queued_for:
         turns.wake(bot_id, chat_id)
+
+
+def release(db):
+    """Let others write. What is not committed is gone."""
+    if db.in_transaction:
+        db.execute("ROLLBACK")
+    write_lock.release()
+
+
+@contextmanager
+def transaction():
+    """One write, all or nothing, on disk when it ends; in a group, when that ends. Raises as begin() and commit() do."""
+    db = connection()
+    if not db.in_transaction:
+        begin(db)
+    db.transactions += 1
+    db.execute("SAVEPOINT one")
+    try:
+        yield db
+        db.execute("RELEASE one")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK TO one")
+        else:
+            db.is_lost = True  # some failures, like a full disk, take all back
+        if not db.is_grouping:
+            release(db)
+        raise
+    if not db.is_grouping:
+        commit(db)
 
 
 def open_store():
@@ -475,6 +530,20 @@ def read_token(token, kind=None):
         raise TokenError("Token has no type")
     if kind and claims["token_type"] != kind:
         raise TokenError("Token has wrong type")
+    return claims
+
+
+verified_tokens = {}  # access token: (when it expires, its claims)
+
+
+def read_access_token(token):
+    """As read_token, but a token is verified once and remembered, never past its expiry."""
+    expires_at, claims = verified_tokens.get(token, (0, None))
+    if expires_at <= now():
+        claims = read_token(token, "access")
+        if len(verified_tokens) >= TOKENS_REMEMBERED:
+            verified_tokens.clear()
+        verified_tokens[token] = int(claims["exp"]), claims
     return claims
 
 
@@ -1025,7 +1094,7 @@ def sign_in():
         raise HTTPError(401, {"detail": "Authorization header must contain two space-delimited values",
                               "code": "bad_authorization_header"})
     try:
-        claims = read_token(rest[0], "access")
+        claims = read_access_token(rest[0])
     except TokenError as error:
         raise HTTPError(401, {"detail": "Given token not valid for any token type", "code": "token_not_valid", "messages": [
             {"token_class": "AccessToken", "token_type": "access", "message": str(error)}]}) from None
@@ -1183,6 +1252,8 @@ def stream_list(list_page, *args):
     rows = list_page(connection(), *args, 0)
     if len(rows) < LIST_PAGE_ROWS:
         return b"[%s]" % ",".join(text for _, text in rows).encode()
+    if may_not_wait():
+        raise MustWait
     return stream_pages(rows, list_page, *args)
 
 
@@ -1312,6 +1383,10 @@ def list_own_messages(user):
     return stream_list(list_messages, user["id"])
 
 
+NOT_STORED = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" \
+    b"Retry-After: 5\r\nConnection: close\r\n\r\n%s" % (len(body := to_json({"detail": PUBLIC_DETAILS[503]})), body)
+
+
 class JsonErrorTask(ErrorTask):
     """waitress's own refusals, of what is not HTTP or too large, in JSON like all others."""
 
@@ -1348,6 +1423,16 @@ class Channel(HTTPChannel):
     error_task_class = JsonErrorTask
     parser_class = TimedRequest
 
+    def take_back(self):
+        """Say that it did not work, instead of the answer that waits to be sent."""
+        self.outbufs, self.total_outbufs_len = [OverflowableBuffer(self.adj.outbuf_overflow)], 0
+        self.write_soon(NOT_STORED)
+        self.close_when_flushed = True
+
+    def _flush_outbufs_below_high_watermark(self):
+        if not may_not_wait():  # what it would wait for is this very thread
+            super()._flush_outbufs_below_high_watermark()
+
     def is_too_slow(self, at, is_crowded):
         """Whether it has held on to its connection too long. waitress itself counts only the time between two bytes."""
         seconds = REQUEST_SECONDS_CROWDED if is_crowded else REQUEST_SECONDS
@@ -1358,31 +1443,75 @@ class Channel(HTTPChannel):
         return at - (self.request.started_at if self.request else self.last_activity) > seconds
 
 
+def is_post(channel):
+    return getattr(channel.requests[0], "command", None) == "POST"
+
+
 class Lanes:
-    """waitress's dispatcher, twice: requests that hash a password wait for each other, and nobody else does for them."""
+    """waitress's dispatcher: most requests are served where they are read, on waitress's own thread, since handing one to
+    another thread costs more than serving it. What would hold that thread up goes to threads that may wait."""
 
     HASHING = ("/auth/token", "/api/users/register")
 
     def __init__(self):
-        self.quick, self.hashing = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
-        self.quick.set_thread_count(QUICK_THREADS)
+        self.quick = deque()
+        self.patient, self.hashing = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
+        self.patient.set_thread_count(PATIENT_THREADS)
         self.hashing.set_thread_count(HASHES_AT_ONCE)
 
     def add_task(self, channel):
-        path = getattr(channel.requests[0], "path", "")
-        (self.hashing if path.rstrip("/") in self.HASHING else self.quick).add_task(channel)
+        """Choose the lane of a channel's next request. The caller holds the channel's lock: it is not served in here."""
+        if getattr(channel.requests[0], "path", "").rstrip("/") in self.HASHING:
+            self.hashing.add_task(channel)
+        elif may_not_wait():
+            self.quick.append(channel)
+        else:
+            self.patient.add_task(channel)
+
+    def serve_quick(self):
+        """Serve what was read in this round. What it writes is one transaction, so that all wait for the disk but once."""
+        if not self.quick:
+            return
+        db, wrote = connection(), []
+        batch = sorted(self.quick, key=is_post)  # who reads, reads before: it might see what cannot be stored
+        self.quick.clear()
+        local.patience, db.is_grouping = PATIENCE_SECONDS, True
+        for channel in batch:
+            transactions, body = db.transactions, channel.requests[0].get_body_stream()
+            try:
+                channel.service()
+            except MustWait:
+                local.patience = 0  # once a round
+                body.seek(0)
+                self.patient.add_task(channel)
+            if db.transactions > transactions:
+                wrote.append(channel)
+        db.is_grouping = False
+        try:
+            if wrote:
+                commit(db)
+        except sqlite3.Error as error:
+            log.error("%s requests could not be stored: %s", len(wrote), error)
+            for channel in wrote:
+                channel.take_back()
+        for channel in batch:
+            if channel.total_outbufs_len:
+                channel.handle_write()
+        for channel in self.quick:  # the next requests of who did not wait for an answer
+            self.patient.add_task(channel)
+        self.quick.clear()
 
     def shutdown(self):
-        self.quick.shutdown(timeout=STOP_SECONDS / 2)
+        self.patient.shutdown(timeout=STOP_SECONDS / 2)
         self.hashing.shutdown(timeout=STOP_SECONDS / 2)
 
 
 def make_server(sock):
-    """waitress on a listening socket, with our lanes, limits and JSON errors. `run()` serves until SystemExit."""
+    """waitress on a listening socket, with our lanes, limits and JSON errors."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
     server = waitress.create_server(
-        app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS, asyncore_use_poll=True,
-        asyncore_loop_timeout=1, cleanup_interval=1, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
+        app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
+        cleanup_interval=1, send_bytes=MAX_UNSENT_BYTES, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
         max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
 
     def close_slow_channels(at):
@@ -1391,8 +1520,22 @@ def make_server(sock):
             if channel.is_too_slow(at, server.in_connection_overflow):
                 channel.will_close = True
 
-    server.channel_class, server.maintenance = Channel, close_slow_channels
+    def wake_loop():
+        if not may_not_wait():  # or it is awake
+            type(server).pull_trigger(server)
+
+    server.channel_class, server.maintenance, server.pull_trigger = Channel, close_slow_channels, wake_loop
     return server
+
+
+def serve(server, stop):
+    """Serve until told to stop. This thread may not wait from now on: everybody would."""
+    local.patience, local.path = 0, None
+    while not stop.is_set():
+        wasyncore.poll2(1, server._map)
+        server.task_dispatcher.serve_quick()
+    server.task_dispatcher.shutdown()
+    del local.patience, local.path
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1495,16 +1638,16 @@ def main(argv=None):
         print(f"factoryapp: {error}", file=sys.stderr)
         return 2
 
+    stop = threading.Event()
+    server = make_server(sock)
+
     def end(signum, frame):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # once is enough
-        raise SystemExit
+        stop.set()
+        server.trigger.pull_trigger()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # or reading the terminal from the background would stop the process
-    stop = threading.Event()
-    server = make_server(sock)
     turns.open(home.id, list_queues(connection(), home.id))
     host, port = sock.getsockname()[:2]
     announce(f"FactoryApp listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)\n"
@@ -1514,8 +1657,7 @@ def main(argv=None):
     senders = [threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True) for n in range(SENDERS)]
     for worker in (threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True), *senders):
         worker.start()
-    server.run()  # until end()
-    stop.set()
+    serve(server, stop)
     sock.close()
     turns.open(None, ())
     ends_at = time.monotonic() + STOP_SECONDS / 2
