@@ -16,6 +16,7 @@ import functools
 import hashlib
 import hmac
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -48,6 +49,7 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask, ThreadedTaskDispatcher
+from waitress.utilities import BadRequest
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit in its name.
@@ -65,14 +67,16 @@ MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096  # JSON may spell one code point as 12 bytes: \ud83d\ude00
 LIST_PAGE_ROWS = 200
-TOKENS_REMEMBERED = 10_000
+TOKENS_REMEMBERED = 2000
+CHECKPOINT_COMMITS = 100
+WAL_LONG_FRAMES = 2500  # of 4 KiB
 
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
 HASHES_AT_ONCE = 2
 LOGIN_WINDOW_SECONDS = 5 * 60
 LOGIN_FAILURES_PER_NAME = 10  # from one address, in the window
 LOGIN_FAILURES_PER_ADDRESS = 100
-LOGIN_KEYS_REMEMBERED = 20_000
+LOGIN_KEYS_REMEMBERED = 10_000
 
 TELEGRAM_MAX_TEXT = 4096  # code points in one message (Bot API, sendMessage)
 SENDERS = 8  # threads
@@ -86,7 +90,7 @@ UPDATE_TRIES = 3
 
 PATIENT_THREADS = 4
 CONNECTIONS = 200
-REQUEST_SECONDS = 20  # to send a whole request, or to take some of an answer
+REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
 PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
@@ -167,6 +171,13 @@ class Connection(sqlite3.Connection):
     queued_for = frozenset()  # (bot id, chat id) of the chats that something was queued for
 
 
+class Wal:
+    """The write-ahead log's length, which we bound ourselves: SQLite's own checkpoints keep a failing disk to themselves."""
+
+    commits = 0  # since the last checkpoint
+    frames = 0  # in the log at the last checkpoint
+
+
 local = threading.local()  # this thread's `db`, the `path` it is open on, and its `patience`
 write_lock = threading.Lock()
 
@@ -184,6 +195,7 @@ def connection():
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
         db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # see checkpoint()
         local.db, local.path = db, settings.db
     return local.db
 
@@ -205,16 +217,40 @@ def commit(db):
     try:
         if db.is_lost:
             raise sqlite3.OperationalError("an earlier part of the transaction was lost")
-        db.execute("COMMIT")
-    except sqlite3.Error as error:
-        if "FSYNC" in getattr(error, "sqlite_errorname", ""):
-            log.critical("the disk failed to store a commit: ending, since what memory holds can no longer be trusted")
-            os._exit(1)
-        raise
+        with fsync_or_exit():
+            db.execute("COMMIT")
+            Wal.commits += 1
+            if Wal.commits >= CHECKPOINT_COMMITS:
+                checkpoint(db)
     finally:
         release(db)
     for bot_id, chat_id in db.queued_for:
         turns.wake(bot_id, chat_id)
+
+
+@contextmanager
+def fsync_or_exit():
+    """End the process when the disk fails to store something: what memory holds can then no longer be trusted, since the
+    kernel forgets what it could not write (https://wiki.postgresql.org/wiki/Fsync_Errors)."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if "FSYNC" in getattr(error, "sqlite_errorname", ""):
+            log.critical("the disk failed to store what was written: ending. Mend it, then start again")
+            os._exit(1)
+        raise
+
+
+def checkpoint(db):
+    """Copy the write-ahead log into the database, so that it starts anew. Readers are waited for only when it has grown long."""
+    mode = "RESTART" if Wal.frames > WAL_LONG_FRAMES else "PASSIVE"
+    try:
+        Wal.frames = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[1]
+        Wal.commits = 0
+    except sqlite3.OperationalError as error:
+        if "FSYNC" in getattr(error, "sqlite_errorname", ""):
+            raise
+        log.warning("the write-ahead log was not copied, and grows: %s", error)  # the commit itself is safe in it
 
 
 def release(db):
@@ -251,7 +287,8 @@ def open_store():
     """Make or update the database. Raises BadSetting when this cannot be the database of this version."""
     try:
         with open(settings.db, "ab"):
-            os.chmod(settings.db, 0o600)
+            for path in filter(os.path.exists, (settings.db, settings.db + "-wal", settings.db + "-shm")):
+                os.chmod(path, 0o600)
         db = connection()
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -476,14 +513,16 @@ def scrypt(password, salt, n, r, p):
 def hash_password(password):
     """The password's hash with the parameters it was made with, as the users table keeps it."""
     salt = secrets.token_bytes(16)
-    digest = scrypt(password, salt, **SCRYPT)
+    return format_hash(salt, scrypt(password, salt, **SCRYPT))
+
+
+def format_hash(salt, digest):
     return "$".join(["scrypt", *(str(SCRYPT[k]) for k in "nrp"), *(base64.b64encode(b).decode() for b in (salt, digest))])
 
 
-@functools.cache
 def nobodys_hash():
     """What an unknown user's password is compared to, so that a wrong name takes the time of a wrong password."""
-    return hash_password(secrets.token_hex())
+    return format_hash(secrets.token_bytes(16), secrets.token_bytes(32))
 
 
 def password_matches(password, password_hash):
@@ -557,7 +596,7 @@ class LoginThrottle:
     """Failed logins of the last minutes, by address and by name from an address; the longest untouched are forgotten first."""
 
     def __init__(self):
-        self.failures = OrderedDict()  # key: deque of times, the newest last
+        self.failures = OrderedDict()  # key: times, the newest last
         self.lock = threading.Lock()
 
     @staticmethod
@@ -574,7 +613,7 @@ class LoginThrottle:
     def add_failure(self, address, username):
         with self.lock:
             for key, limit in self.limits(address, username):
-                self.failures.setdefault(key, deque(maxlen=limit)).append(now())
+                self.failures[key] = [*self.failures.get(key, ())[-limit + 1:], now()]
                 self.failures.move_to_end(key)
             while len(self.failures) > LOGIN_KEYS_REMEMBERED:
                 self.failures.popitem(last=False)
@@ -1004,12 +1043,21 @@ PUBLIC_DETAILS = {
     404: "Not found.",
     413: "The request is too large.",
     500: "Something went wrong here. It has been noted; try again later.",
-    503: "The database is busy. Nothing was stored; try again in a few seconds.",
+    503: "The database cannot be used right now. Nothing was stored; try again in a few seconds.",
 }
+
+JSON_HEADERS = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 
 
 def to_json(value):
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def as_json(body):
+    """The answer's body, and its headers: what we answer is nobody else's, and nothing but JSON."""
+    for name, value in JSON_HEADERS:
+        response.set_header(name, value)
+    return body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
 
 
 @app.hook("before_request")
@@ -1033,8 +1081,7 @@ def answer_json(route):
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             raise HTTPError(500) from None
-        response.content_type = "application/json"
-        return body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
+        return as_json(body)
     return answer
 
 
@@ -1046,12 +1093,14 @@ def answer_error(error):
     status = error.status_code
     if status == 405:
         return answer_wrong_method(error)
+    body = error.body if isinstance(error.body, dict) else {"detail": PUBLIC_DETAILS.get(status, error.status_line[4:])}
+    if status in (401, 429):
+        log.warning("refused %s %r from %s: %s", request.method, request.path, client_address(), body["detail"])
     if status == 401:
         response.set_header("WWW-Authenticate", 'Bearer realm="api"')
     if status == 503:
         response.set_header("Retry-After", "5")
-    response.content_type = "application/json"
-    return to_json(error.body if isinstance(error.body, dict) else {"detail": PUBLIC_DETAILS.get(status, error.status_line[4:])})
+    return as_json(body)
 
 
 app.default_error_handler = answer_error
@@ -1069,15 +1118,17 @@ def answer_wrong_method(error):
             return answer_error(refusal)
     response.status = 204 if request.method == "OPTIONS" else 405
     response.set_header("Allow", ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"]))
-    response.content_type = "application/json"
-    return b"" if request.method == "OPTIONS" else to_json({"detail": f'Method "{request.method}" not allowed.'})
+    return as_json({"detail": f'Method "{request.method}" not allowed.'})
 
 
 def client_address():
     """Whom a request is from: the peer, or whom the trusted proxy names as its own peer."""
     peer = request.environ.get("REMOTE_ADDR", "")
-    forwarded = request.environ.get("HTTP_X_FORWARDED_FOR")
-    return forwarded.split(",")[-1].strip() if forwarded and peer == settings.trusted_proxy else peer
+    forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")[-1].strip()
+    try:
+        return str(ipaddress.ip_address(forwarded)) if peer == settings.trusted_proxy else peer
+    except ValueError:
+        return peer
 
 
 def refuse_token(error):
@@ -1293,13 +1344,11 @@ def log_in(username, password):
     """Exchange name and password for a refresh and an access token. Guessing is answered 429 after a while."""
     address = client_address()
     if (wait := math.ceil(login_throttle.seconds_to_wait(address, username))) > 0:
-        log.warning("login refused from %s: too many failures", address)
         raise HTTPError(429, {"detail": f"Request was throttled. Expected available in {wait} seconds."},
                         **{"Retry-After": str(wait)})
     user = find_user_by_name(connection(), username)
     if not password_matches(password, user["password"] if user else nobodys_hash()) or not user:
         login_throttle.add_failure(address, username)
-        log.warning("login failed from %s", address)
         raise HTTPError(401, {"detail": "No active account found with the given credentials"})
     login_throttle.forgive(address, username)
     return {"refresh": issue_token("refresh", user["id"]), "access": issue_token("access", user["id"])}
@@ -1383,33 +1432,38 @@ def list_own_messages(user):
     return stream_list(list_messages, user["id"])
 
 
-NOT_STORED = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" \
-    b"Retry-After: 5\r\nConnection: close\r\n\r\n%s" % (len(body := to_json({"detail": PUBLIC_DETAILS[503]})), body)
-
-
 class JsonErrorTask(ErrorTask):
     """waitress's own refusals, of what is not HTTP or too large, in JSON like all others."""
 
     def execute(self):
         error = self.request.error
-        if error.code >= 500 and error.code != 501:
-            body = {"detail": PUBLIC_DETAILS[500]}
-        else:
-            body = {"detail": f"{error.reason}: {error.body}"}
-        body = to_json(body)
+        detail = PUBLIC_DETAILS[500] if error.code == 500 else f"{error.reason}: {error.body}"
+        body = to_json({"detail": detail})
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.extend(JSON_HEADERS)
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
+class NotStored:
+    """What take_back() answers, as waitress has its errors."""
+
+    code, reason, body = 503, "Service Unavailable", PUBLIC_DETAILS[503]
+
+
 class TimedRequest(HTTPRequestParser):
-    """A request that knows when it began, and refuses two ways of telling its length (RFC 9112, section 6.1)."""
+    """A request that knows when it began, and refuses what others might read in another way (RFC 9112, sections 2.2, 6.1)."""
 
     def __init__(self, adj):
         super().__init__(adj)
         self.started_at = time.time()
+
+    def received(self, data):
+        if self.body_rcv is None and b"\n\n" in (self.header_plus + data).partition(b"\r\n\r\n")[0]:
+            self.error, self.completed = BadRequest("a line ends with CR LF"), True
+            return len(data)
+        return super().received(data)
 
     def parse_header(self, header_plus):
         super().parse_header(header_plus)
@@ -1426,8 +1480,17 @@ class Channel(HTTPChannel):
     def take_back(self):
         """Say that it did not work, instead of the answer that waits to be sent."""
         self.outbufs, self.total_outbufs_len = [OverflowableBuffer(self.adj.outbuf_overflow)], 0
-        self.write_soon(NOT_STORED)
+        request = TimedRequest(self.adj)
+        request.error = NotStored
+        JsonErrorTask(self, request).service()
         self.close_when_flushed = True
+
+    def handle_read(self):
+        """Read, but do not count blank lines as activity: they could keep a connection open for ever."""
+        last_activity = self.last_activity
+        super().handle_read()
+        if self.request is None and not self.requests:
+            self.last_activity = last_activity
 
     def _flush_outbufs_below_high_watermark(self):
         if not may_not_wait():  # what it would wait for is this very thread
@@ -1559,8 +1622,8 @@ def read_arguments(argv):
     env = os.environ.get
     parser = Parser(description="An HTTP API whose messages a Telegram bot repeats in linked chats.",
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""environment:
-  FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY
-                        the same as the options; an option wins
+  FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY,
+  FACTORYAPP_LOG_LEVEL  the same as the options; an option wins
   TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
   TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
   FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start, kept in the database)""")
@@ -1569,7 +1632,11 @@ def read_arguments(argv):
     parser.add_argument("--db", default=env("FACTORYAPP_DB", "factoryapp.db"), help="database file (default factoryapp.db)")
     parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
                         help="address of a reverse proxy whose X-Forwarded-For is believed")
+    parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL", "warning"), help="least urgent lines to log to "
+                        "standard error: debug, info, warning or error (default warning)")
     arguments = parser.parse_args(argv)
+    if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
+        raise BadSetting(f"The log level {arguments.log_level!r} is none: give --log-level debug, info, warning or error.")
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
         raise BadSetting(f"The port {arguments.port!r} is none: give --port a number from 0 to 65535.")
     return arguments
@@ -1625,6 +1692,7 @@ def main(argv=None):
         stream.reconfigure(errors="replace")
     try:
         arguments = read_arguments(argv)
+        logging.getLogger().setLevel(arguments.log_level.upper())
         settings.db = str(Path(arguments.db).resolve())
         settings.trusted_proxy = arguments.trusted_proxy
         settings.secret = os.environ.get("FACTORYAPP_SECRET", "").encode() or None
