@@ -66,7 +66,9 @@ MAX_PASSWORD = 1024
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096  # JSON may spell one code point as 12 bytes: \ud83d\ude00
-LIST_PAGE_ROWS = 200
+MAX_ID = 2**63 - 1  # SQLite's
+MAX_PAGE_ROWS = 1000  # that a client may ask for
+LIST_PAGE_ROWS = 200  # that are read at a time
 TOKENS_REMEMBERED = 2000
 CHECKPOINT_COMMITS = 100
 WAL_LONG_FRAMES = 2500  # of 4 KiB
@@ -81,6 +83,7 @@ LOGIN_KEYS_REMEMBERED = 10_000
 TELEGRAM_MAX_TEXT = 4096  # code points in one message (Bot API, sendMessage)
 SENDERS = 8  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
+SENDS_BURST = 5  # at once, so that the network's jitter makes no second of more than that
 SEND_TIMEOUT_SECONDS = 20
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
@@ -324,11 +327,17 @@ def find_user_by_name(db, username):
     return db.execute("SELECT id, username, password FROM users WHERE username = ?", (username,)).fetchone()
 
 
-def list_users(db, after):
-    """One page of users later than id `after`: (id, JSON) rows."""
+def find_user_page_end(db, after, before, rows, order):
+    """Of the first (order "ASC") or last ("DESC") so many users between two ids: the id at the far end and, if any, the next."""
+    return db.execute(f"SELECT id FROM users WHERE id > ? AND id < ? ORDER BY id {order} LIMIT 2 OFFSET ? - 1",
+                      (after, before, rows)).fetchall()
+
+
+def list_users(db, after, before, rows):
+    """The first users between two ids, both excluded: (id, JSON) rows."""
     return db.execute("""
-        SELECT id, json_object('id', id, 'username', username) FROM users WHERE id > ? ORDER BY id LIMIT ?
-        """, (after, LIST_PAGE_ROWS)).fetchall()
+        SELECT id, json_object('id', id, 'username', username) FROM users WHERE id > ? AND id < ? ORDER BY id LIMIT ?
+        """, (after, before, rows)).fetchall()
 
 
 def add_blacklisted_token(db, jti, expires_at):
@@ -414,21 +423,34 @@ def add_message(db, sender, recipient, text, source):
             "created_at": created_at, "source": source, "delivery": delivery}
 
 
-def list_messages(db, user_id, after):
-    """One page of what the user sent or received later than message `after`, oldest first: (id, JSON) rows."""
-    return db.execute("""
+def select_message_ids(order, limit):
+    """SQL for the first (order "ASC") or last ("DESC") ids of what a user sent or received, between two others, both excluded."""
+    return f"""
+        SELECT * FROM (SELECT id FROM messages WHERE sender_id = :user
+                       AND id > :after AND id < :before ORDER BY id {order} LIMIT :rows + 1)
+        UNION ALL
+        SELECT * FROM (SELECT id FROM messages WHERE recipient_id = :user AND recipient_id <> sender_id
+                       AND id > :after AND id < :before ORDER BY id {order} LIMIT :rows + 1)
+        ORDER BY id {order} LIMIT {limit}"""
+
+
+def find_message_page_end(db, user_id, after, before, rows, order):
+    """As find_user_page_end, of what the user sent or received."""
+    return db.execute(select_message_ids(order, "2 OFFSET :rows - 1"),
+                      {"user": user_id, "after": after, "before": before, "rows": rows}).fetchall()
+
+
+def list_messages(db, user_id, after, before, rows):
+    """The first messages that the user sent or received, between two ids, both excluded: (id, JSON) rows."""
+    return db.execute(f"""
         SELECT m.id, json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
                                  'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery)
-        FROM (SELECT * FROM (SELECT id FROM messages WHERE sender_id = :user AND id > :after ORDER BY id LIMIT :rows)
-              UNION ALL
-              SELECT * FROM (SELECT id FROM messages WHERE recipient_id = :user AND recipient_id <> sender_id AND id > :after
-                             ORDER BY id LIMIT :rows)
-              ORDER BY id LIMIT :rows) AS page
+        FROM ({select_message_ids("ASC", ":rows")}) AS page
         JOIN messages AS m ON m.id = page.id
         JOIN users AS s ON s.id = m.sender_id
         JOIN users AS r ON r.id = m.recipient_id
         ORDER BY m.id
-        """, {"user": user_id, "after": after, "rows": LIST_PAGE_ROWS}).fetchall()
+        """, {"user": user_id, "after": after, "before": before, "rows": rows}).fetchall()
 
 
 def queue_text(db, bot_id, chat_id, text, message_id=None):
@@ -678,8 +700,9 @@ class Turns:
             while True:
                 due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy),
                                       default=(float("inf"), None))
-                if len(self.sent_at) == SENDS_PER_SECOND:
-                    due_at = max(due_at, self.sent_at[0] + 1)
+                for sends in (SENDS_BURST, SENDS_PER_SECOND):
+                    if len(self.sent_at) >= sends:
+                        due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
                 if due_at <= now():
                     del self.due[chat_id]
                     self.busy.add(chat_id)
@@ -1233,21 +1256,55 @@ class Form(dict):
     """Fields of an HTML form, which cannot leave one out: a blank one may mean that."""
 
 
+class Number:
+    """An integer field of a query string."""
+
+    required = False
+
+    def __init__(self, least, most):
+        self.least, self.most = least, most
+
+    def read(self, value):
+        if not re.fullmatch("-?[0-9]{1,20}", value):
+            return None, ["A valid integer is required."]
+        if int(value) < self.least:
+            return None, [f"Ensure this value is greater than or equal to {self.least}."]
+        if int(value) > self.most:
+            return None, [f"Ensure this value is less than or equal to {self.most}."]
+        return int(value), []
+
+
+def read_fields(fields, sent):
+    """The values of declared fields, None for one that may be left out and is. Raises HTTPError 400 naming all that are wrong."""
+    values, errors = {}, {}
+    for name, field in fields.items():
+        if name not in sent or not field.required and isinstance(sent, Form) and sent[name] == "":
+            values[name], errors[name] = None, ["This field is required."] if field.required else []
+        else:
+            values[name], errors[name] = field.read(sent[name])
+    if errors := {name: sentences for name, sentences in errors.items() if sentences}:
+        raise HTTPError(400, errors)
+    return values
+
+
 def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
     """Call the route with the fields of the request's body. Answers 400 for what they do not take, 413 and 415 before."""
     def declare(route):
         @functools.wraps(route)
         def with_fields(*args):
-            sent, values, errors = read_body(max_body_bytes), {}, {}
-            for name, field in fields.items():
-                if name not in sent or not field.required and isinstance(sent, Form) and sent[name] == "":
-                    values[name], errors[name] = None, ["This field is required."] if field.required else []
-                else:
-                    values[name], errors[name] = field.read(sent[name])
-            if errors := {name: sentences for name, sentences in errors.items() if sentences}:
-                raise HTTPError(400, errors)
-            return route(*args, **values)
+            return route(*args, **read_fields(fields, read_body(max_body_bytes)))
         with_fields.fields = fields
+        return with_fields
+    return declare
+
+
+def asks(**fields):
+    """Call the route with the fields of the request's query string."""
+    def declare(route):
+        @functools.wraps(route)
+        def with_fields(*args):
+            return route(*args, **read_fields(fields, request.query))
+        with_fields.query_fields = fields
         return with_fields
     return declare
 
@@ -1298,22 +1355,35 @@ def finite_float(digits):
     return value if abs(value) < float("inf") else refuse_constant(digits)
 
 
-def stream_list(list_page, *args):
-    """A JSON array of all rows of a keyset-paged query: one page is answered whole, more are streamed in bounded memory."""
-    rows = list_page(connection(), *args, 0)
+def answer_list(find_page_end, list_rows, args, after, before, limit):
+    """A JSON array of the rows between two ids, or of `limit` of them: the last before `before`, else the first.
+
+    Few rows are answered whole, more are streamed in bounded memory. Where `limit` leaves some out, a Link header names the
+    next page (RFC 8288).
+    """
+    if after is not None and before is not None:
+        raise HTTPError(400, {"before": ["Give after or before, not both."]})
+    name, order = ("after", "ASC") if before is None else ("before", "DESC")
+    after, before = after or 0, MAX_ID if before is None else before
+    if limit:
+        end = [row["id"] for row in find_page_end(connection(), *args, after, before, limit, order)]
+        if len(end) == 2:  # the page's last row, and one more
+            response.set_header("Link", f'<{request.path}?{name}={end[0]}&limit={limit}>; rel="next"')
+            after, before = (after, end[1]) if order == "ASC" else (end[1], before)
+    rows = list_rows(connection(), *args, after, before, LIST_PAGE_ROWS)
     if len(rows) < LIST_PAGE_ROWS:
         return b"[%s]" % ",".join(text for _, text in rows).encode()
     if may_not_wait():
         raise MustWait
-    return stream_pages(rows, list_page, *args)
+    return stream_rows(rows, list_rows, args, before)
 
 
-def stream_pages(rows, list_page, *args):
-    """The pieces of such an array, a page each, from the first page on."""
+def stream_rows(rows, list_rows, args, before):
+    """The pieces of such an array, from its first rows on."""
     opening = "["
     while rows:
         yield (opening + ",".join(text for _, text in rows)).encode()
-        opening, rows = ",", list_page(connection(), *args, rows[-1][0])
+        opening, rows = ",", list_rows(connection(), *args, rows[-1]["id"], before, LIST_PAGE_ROWS)
     yield b"]"
 
 
@@ -1321,6 +1391,7 @@ USERNAME = Text(MAX_USERNAME, tidy=tidy_username, pattern=r"[\w.@+-]+", pattern_
     "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."))
 NAME = Text(tidy=tidy_username)  # of somebody who may not exist
 TOKEN = Text()
+PAGE = {"after": Number(0, MAX_ID), "before": Number(0, MAX_ID), "limit": Number(1, MAX_PAGE_ROWS)}
 
 
 @app.post("/api/users/register/")
@@ -1406,9 +1477,10 @@ def get_telegram_token(user):
 
 @app.get("/api/users/")
 @signed_in
-def list_all_users(user):
+@asks(**PAGE)
+def list_all_users(user, **page):
     """Everybody: ids and names."""
-    return stream_list(list_users)
+    return answer_list(find_user_page_end, list_users, (), **page)
 
 
 @app.post("/api/messages/")
@@ -1427,9 +1499,10 @@ def post_message(user, text, recipient):
 
 @app.get("/api/messages/")
 @signed_in
-def list_own_messages(user):
+@asks(**PAGE)
+def list_own_messages(user, **page):
     """All that the user sent or received, oldest first."""
-    return stream_list(list_messages, user["id"])
+    return answer_list(find_message_page_end, list_messages, (user["id"],), **page)
 
 
 class JsonErrorTask(ErrorTask):

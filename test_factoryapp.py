@@ -844,6 +844,52 @@ def test_long_lists_are_whole(http, monkeypatch):
     assert [u["id"] for u in http.get("/api/users/", headers=headers).json] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def follow_pages(http, headers, url):
+    """The ids on each page, following the Link headers."""
+    while url:
+        response = http.get(url, headers=headers)
+        yield [row["id"] for row in response.json]
+        link = response.headers.get("Link")
+        url = re.fullmatch('<(/[^>]+)>; rel="next"', link)[1] if link else None
+
+
+@pytest.mark.parametrize("page_rows", [2, 200])
+def test_pages_are_followed_by_their_links(http, monkeypatch, page_rows):
+    monkeypatch.setattr(factoryapp, "LIST_PAGE_ROWS", page_rows)
+    headers = join(http, "alice")
+    join(http, "bob")
+    for n in range(7):
+        post(http, headers, str(n), **({"recipient": "bob"} if n % 2 else {}))
+        post(http, log_in(http, "bob"), "not alice's")
+    for path, (a, b, c, d, e, f, g) in (("/api/messages/", [1, 3, 5, 7, 9, 11, 13]), ("/api/users/", range(1, 8))):
+        for n in range(5) if "users" in path else ():
+            register(http, f"user{n}")
+
+        def pages(query):
+            return list(follow_pages(http, headers, path + query))
+        assert pages("?limit=3") == pages("?after=0&limit=3") == [[a, b, c], [d, e, f], [g]]
+        assert pages(f"?after={c}&limit=2") == [[d, e], [f, g]]
+        assert pages(f"?before={f}&limit=2") == [[d, e], [b, c], [a]]
+        assert pages(f"?before={factoryapp.MAX_ID}&limit=7") == pages("?limit=1000") == [[a, b, c, d, e, f, g]]
+        assert pages(f"?after={e}") == [[f, g]] and pages(f"?before={c}") == [[a, b]]
+        assert pages(f"?after={g}&limit=2") == pages("?before=0&limit=2") == pages(f"?after={factoryapp.MAX_ID}") == [[]]
+
+
+@pytest.mark.parametrize("query, field, sentence", [
+    ("limit=0", "limit", "Ensure this value is greater than or equal to 1."),
+    ("limit=1001", "limit", "Ensure this value is less than or equal to 1000."),
+    ("limit=ten", "limit", "A valid integer is required."), ("limit=", "limit", "A valid integer is required."),
+    ("after=-1", "after", "Ensure this value is greater than or equal to 0."),
+    (f"before={2**63}", "before", "Ensure this value is less than or equal to 9223372036854775807."),
+    ("after=%D9%A1", "after", "A valid integer is required."), ("after=" + "9" * 5000, "after", "A valid integer is required."),
+    ("after=1&before=2", "before", "Give after or before, not both."),
+])
+def test_senseless_page_is_refused(http, query, field, sentence):
+    headers = join(http, "alice")
+    for path in ("/api/messages/?", "/api/users/?"):
+        assert http.get(path + query, headers=headers, status=400).json == {field: [sentence]}
+
+
 # --- The bot's conversation, in Telegram ------------------------------------------------------------------------------
 
 
@@ -1124,10 +1170,19 @@ def test_no_more_than_thirty_sends_a_second(http, telegram, bot_api, clock, link
     for n in range(70):
         post(http, headers, str(n))
     clock.move(1)
-    for sent in (30, 60, 70):
+    for _ in range(15):
         deliver_all(telegram)
-        assert len(bot_api.sent) == sent
-        clock.move(1)
+        clock.move(1 / 6 + 1e-6)
+    assert len(bot_api.sent) == 70
+    counts = [len(bot_api.sent)]
+    clock.move(10)
+    for n in range(40):
+        post(http, log_in(http, "alice"), str(n))
+    for _ in range(100):
+        deliver_all(telegram)
+        counts.append(len(bot_api.sent))
+        clock.move(0.01)
+    assert counts[1] == 75 and counts[100] == 100  # five at once, thirty in a second
 
 
 def test_chat_that_hangs_delays_no_other(http, running, bot_api, monkeypatch):
