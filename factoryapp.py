@@ -42,7 +42,7 @@ import jwt
 import requests
 import telebot
 import waitress
-from bottle import Bottle, HTTPError, HTTPResponse, request, response
+from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
 from telebot import apihelper
 from waitress import wasyncore
 from waitress.buffers import OverflowableBuffer
@@ -75,6 +75,8 @@ WAL_LONG_FRAMES = 2500  # of 4 KiB
 
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
 HASHES_AT_ONCE = 2
+IDEMPOTENCY_SECONDS = 24 * 3600
+SEND_AHEAD_SECONDS = 30 * 24 * 3600
 LOGIN_WINDOW_SECONDS = 5 * 60
 LOGIN_FAILURES_PER_NAME = 10  # from one address, in the window
 LOGIN_FAILURES_PER_ADDRESS = 100
@@ -320,11 +322,22 @@ def add_user(db, username, password_hash):
 
 
 def find_user(db, user_id):
-    return db.execute("SELECT id, username FROM users WHERE id = ?", (user_id,)).fetchone()
+    return db.execute("SELECT id, username, tokens_from FROM users WHERE id = ?", (user_id,)).fetchone()
 
 
 def find_user_by_name(db, username):
-    return db.execute("SELECT id, username, password FROM users WHERE username = ?", (username,)).fetchone()
+    return db.execute("SELECT id, username, password, tokens_from FROM users WHERE username = ?", (username,)).fetchone()
+
+
+def find_password(db, user_id):
+    """The hash of the user's password."""
+    return db.execute("SELECT password FROM users WHERE id = ?", (user_id,)).fetchone()["password"]
+
+
+def set_password(db, user_id, password_hash):
+    """Change the password, and end every token issued until now."""
+    db.execute("UPDATE users SET password = ?, tokens_from = ? WHERE id = ?", (password_hash, int(now()) + 1, user_id))
+    db.execute("DELETE FROM link_tokens WHERE user_id = ?", (user_id,))
 
 
 def find_user_page_end(db, after, before, rows, order):
@@ -376,14 +389,25 @@ def set_bot(db, bot_id, **columns):
 
 
 def link_chat(db, bot_id, chat_id, user_id):
-    """From now on this chat, and no other, speaks for this user, and for no other."""
-    db.execute("DELETE FROM chats WHERE user_id = ?", (user_id,))
+    """From now on this chat, and no other, speaks for this user, and for no other.
+
+    What is queued for the user's earlier chat moves here; what is queued here for the chat's earlier user is given up.
+    """
+    earlier_chat, earlier_user = find_chat(db, user_id), find_chat_user(db, bot_id, chat_id)
+    if earlier_user and earlier_user["id"] != user_id:
+        unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
+    if earlier_chat:
+        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL",
+                   (bot_id, chat_id, *earlier_chat))
     db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
                (bot_id, chat_id, user_id, iso(now())))
+    db.queued_for.add((bot_id, chat_id))
 
 
-def unlink_chat(db, bot_id, chat_id):
+def unlink_chat(db, bot_id, chat_id, reason):
+    """The chat speaks for nobody from now on, and what is queued for it is given up."""
     db.execute("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", (bot_id, chat_id))
+    give_up(db, reason, "bot_id = ? AND chat_id = ? AND given_up_at IS NULL", (bot_id, chat_id))
 
 
 def find_chat(db, user_id):
@@ -404,7 +428,7 @@ def add_told_group(db, bot_id, chat_id):
                       (bot_id, chat_id)).rowcount == 1
 
 
-def add_message(db, sender, recipient, text, source):
+def add_message(db, sender, recipient, text, source, silent=False, send_at=0):
     """Store a message and queue its copies: one for the recipient's chat, one for the sender's own. Returns it as answered."""
     chat = find_chat(db, recipient["id"])
     created_at, delivery = iso(now()), "queued" if chat else "unlinked"
@@ -414,13 +438,39 @@ def add_message(db, sender, recipient, text, source):
     own_copy = f"{sender['username']}, я получил от тебя сообщение:\n\n{text}"
     if sender["id"] != recipient["id"]:
         if chat:
-            queue_text(db, *chat, f"Сообщение от {sender['username']}:\n\n{text}", message_id)
+            queue_text(db, *chat, f"Сообщение от {sender['username']}:\n\n{text}", message_id, silent, send_at)
         if own_chat := find_chat(db, sender["id"]):
-            queue_text(db, *own_chat, own_copy)
+            queue_text(db, *own_chat, own_copy, None, silent, send_at)
     elif chat:
-        queue_text(db, *chat, own_copy, message_id)
+        queue_text(db, *chat, own_copy, message_id, silent, send_at)
     return {"id": message_id, "sender": sender["username"], "recipient": recipient["username"], "text": text,
             "created_at": created_at, "source": source, "delivery": delivery}
+
+
+def find_message(db, message_id, user_id):
+    """A message's JSON, or None when there is none or it is not the user's."""
+    row = db.execute(f"""
+        SELECT {MESSAGE_JSON} FROM messages AS m JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
+        WHERE m.id = ? AND ? IN (m.sender_id, m.recipient_id)
+        """, (message_id, user_id)).fetchone()
+    return row[0] if row else None
+
+
+def add_idempotency_key(db, user_id, key, request_hash, message):
+    """Remember what a request with this key was answered."""
+    db.execute("INSERT INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)",
+               (user_id, key, request_hash, message["id"], message["delivery"], now()))
+
+
+def find_idempotency_key(db, user_id, key):
+    """(request hash, message id, delivery) of the user's request with this key, or None. Keys are forgotten after a day."""
+    db.execute("DELETE FROM idempotency_keys WHERE used_at < ?", (now() - IDEMPOTENCY_SECONDS,))
+    return db.execute("SELECT request_hash, message_id, delivery FROM idempotency_keys WHERE user_id = ? AND key = ?",
+                      (user_id, key)).fetchone()
+
+
+MESSAGE_JSON = """json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
+                                 'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery)"""
 
 
 def select_message_ids(order, limit):
@@ -443,8 +493,7 @@ def find_message_page_end(db, user_id, after, before, rows, order):
 def list_messages(db, user_id, after, before, rows):
     """The first messages that the user sent or received, between two ids, both excluded: (id, JSON) rows."""
     return db.execute(f"""
-        SELECT m.id, json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
-                                 'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery)
+        SELECT m.id, {MESSAGE_JSON}
         FROM ({select_message_ids("ASC", ":rows")}) AS page
         JOIN messages AS m ON m.id = page.id
         JOIN users AS s ON s.id = m.sender_id
@@ -453,29 +502,37 @@ def list_messages(db, user_id, after, before, rows):
         """, {"user": user_id, "after": after, "before": before, "rows": rows}).fetchall()
 
 
-def queue_text(db, bot_id, chat_id, text, message_id=None):
+def queue_text(db, bot_id, chat_id, text, message_id=None, silent=False, send_at=0):
     """Queue what the bot shall say in a chat, in as many parts as Telegram needs."""
     parts = split_text(text)
     for number, part in enumerate(parts, 1):
-        db.execute("INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last) VALUES (?, ?, ?, ?, ?)",
-                   (bot_id, chat_id, part, message_id, number == len(parts)))
+        db.execute("""
+            INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last, silent, send_at, queued_at)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+            """, (bot_id, chat_id, part, message_id, number == len(parts), silent, send_at, now()))
     db.queued_for.add((bot_id, chat_id))
 
 
 def list_queues(db, bot_id):
-    """(chat id, when its head is due) of each chat with something queued, the longest waiting first."""
-    return db.execute("""
-        SELECT chat_id, due_at FROM outbox
-        WHERE id IN (SELECT min(id) FROM outbox WHERE bot_id = ? AND given_up_at IS NULL GROUP BY chat_id) ORDER BY id
-        """, (bot_id,)).fetchall()
+    """(chat id, when its head is due) of each chat with something queued."""
+    chats = db.execute("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL", (bot_id,)).fetchall()
+    heads = [find_head(db, bot_id, chat["chat_id"]) for chat in chats]
+    return [(head["chat_id"], max(head["due_at"], head["send_at"])) for head in heads]
 
 
 def find_head(db, bot_id, chat_id):
-    """The delivery whose turn it is in a chat, or None when all is said."""
+    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
     return db.execute("""
-        SELECT id, bot_id, chat_id, text, message_id, is_last, attempts FROM outbox
-        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY id LIMIT 1
+        SELECT id, bot_id, chat_id, text, message_id, is_last, silent, send_at, attempts, due_at FROM outbox
+        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY send_at, id LIMIT 1
         """, (bot_id, chat_id)).fetchone()
+
+
+def count_waiting(db):
+    """(how many deliveries are due, since when the oldest is) in seconds since 1970, or None where there is none."""
+    return db.execute("""
+        SELECT count(*), min(max(queued_at, send_at)) FROM outbox WHERE given_up_at IS NULL AND send_at <= ?
+        """, (now(),)).fetchone()
 
 
 def settle_sent(db, delivery, telegram_message_id):
@@ -496,21 +553,32 @@ def settle_later(db, delivery, due_at, error):
                (due_at, error, delivery["id"]))
 
 
+NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ. Telegram их не принимает."
+
+
+def give_up(db, reason, which, values):
+    """The outbox rows that fit an SQL condition are never sent. They keep the reason, their messages show it, and who sent them
+    is told once, if there is a chat to say it in."""
+    rows = db.execute(f"UPDATE outbox SET given_up_at = ?, error = ? WHERE {which} RETURNING message_id",
+                      (iso(now()), reason, *values)).fetchall()
+    undelivered = {}  # (sender, recipient): how many messages
+    for message_id in dict.fromkeys(row["message_id"] for row in rows):
+        for message in db.execute("UPDATE messages SET delivery = 'failed' WHERE id = ? AND delivery <> 'failed' "
+                                  "RETURNING sender_id, recipient_id", (message_id,)).fetchall():
+            undelivered[tuple(message)] = undelivered.get(tuple(message), 0) + 1
+    for (sender_id, recipient_id), count in undelivered.items():
+        if chat := find_chat(db, sender_id):
+            queue_text(db, *chat, NOT_DELIVERED.format(count=count, **find_user(db, recipient_id)))
+
+
 def settle_given_up(db, delivery, error):
-    """The delivery is never sent. It keeps the reason, and its message shows it."""
-    db.execute("UPDATE outbox SET given_up_at = ?, error = ? WHERE id = ?", (iso(now()), error, delivery["id"]))
-    db.execute("UPDATE messages SET delivery = 'failed' WHERE id = ?", (delivery["message_id"],))
+    """The delivery is never sent."""
+    give_up(db, error, "id = ?", (delivery["id"],))
 
 
 def settle_chat_gone(db, delivery, error):
     """Nothing reaches the delivery's chat any more: unlink it and give up all that waits for it."""
-    chat = delivery["bot_id"], delivery["chat_id"]
-    unlink_chat(db, *chat)
-    given_up = db.execute("""
-        UPDATE outbox SET given_up_at = ?, error = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
-        RETURNING message_id
-        """, (iso(now()), error, *chat)).fetchall()
-    db.executemany("UPDATE messages SET delivery = 'failed' WHERE id = ?", given_up)
+    unlink_chat(db, delivery["bot_id"], delivery["chat_id"], error)
 
 
 def find_relayed_author(db, bot_id, chat_id, telegram_message_id):
@@ -560,12 +628,12 @@ def jwt_key():
     return settings.secret or signing_key(settings.db)
 
 
-def issue_token(kind, user_id):
+def issue_token(kind, user):
     """A JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
-    issued_at = int(now())
+    issued_at = max(int(now()), user["tokens_from"])  # which may be the next second
     lifetime = ACCESS_TOKEN_SECONDS if kind == "access" else REFRESH_TOKEN_SECONDS
     claims = {"token_type": kind, "exp": issued_at + lifetime, "iat": issued_at, "jti": secrets.token_hex(16),
-              "user_id": str(user_id)}
+              "user_id": str(user["id"])}
     return jwt.encode(claims, jwt_key(), algorithm="HS256")
 
 
@@ -577,7 +645,7 @@ def read_token(token, kind=None):
         expires_at = int(claims["exp"]) if "exp" in claims else None
         if expires_at is not None and expires_at <= now():
             raise TokenError("Token is expired")
-        if "iat" in claims and int(claims["iat"]) > now():
+        if "iat" in claims and int(claims["iat"]) > now() + 1:
             raise TokenError("Token is invalid")
     except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError):
         raise TokenError("Token is invalid") from None
@@ -610,8 +678,13 @@ def read_access_token(token):
 
 def token_user(claims):
     """The user a JWT's claims name, or None when there is no such user (any more)."""
-    user_id = str(claims["user_id"])
+    user_id = str(claims.get("user_id"))
     return find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
+
+
+def was_ended(claims, user):
+    """Whether the user's password was changed after the JWT was issued."""
+    return int(claims.get("iat", 0)) < user["tokens_from"]
 
 
 class LoginThrottle:
@@ -682,15 +755,16 @@ class Turns:
     def open(self, bot_id, queues):
         """Start with what the outbox holds for this bot: (chat id, due at) pairs."""
         with self.changed:
-            self.bot_id, self.due, self.busy, self.told_to_wait = bot_id, dict(queues), set(), set()
+            self.bot_id, self.due, self.busy = bot_id, dict(queues), set()
+            self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
             self.sent_at = deque(maxlen=SENDS_PER_SECOND)
             self.changed.notify_all()
 
     def wake(self, bot_id, chat_id):
         """Something was queued for the chat. One that waits out a pause goes on waiting."""
         with self.changed:
-            if bot_id == self.bot_id:
-                self.due.setdefault(chat_id, now())
+            if bot_id == self.bot_id and chat_id not in self.pauses:
+                self.due[chat_id] = min(self.due.get(chat_id, now()), now())
                 self.changed.notify()
 
     def take(self, wait_seconds=0):
@@ -706,7 +780,7 @@ class Turns:
                 if due_at <= now():
                     del self.due[chat_id]
                     self.busy.add(chat_id)
-                    self.told_to_wait.discard(chat_id)
+                    self.pauses.pop(chat_id, None)
                     self.sent_at.append(now())
                     return chat_id
                 pause = min(due_at - now(), patience_ends - time.monotonic())
@@ -714,21 +788,25 @@ class Turns:
                     return None
                 self.changed.wait(pause)
 
-    def give_back(self, chat_id, due_at=None, told_to_wait=False):
-        """The sender is done with the chat, which is due again at `due_at`, or when something is queued for it (None)."""
+    def give_back(self, chat_id, due_at=None, is_told=None):
+        """The sender is done with the chat, which is due again at `due_at`; None: when something is queued for it.
+
+        `is_told` after a failure: whether the pause until then is Telegram's wish.
+        """
         with self.changed:
             self.busy.discard(chat_id)
-            if due_at is not None:
-                self.due[chat_id] = due_at
-            if told_to_wait:
-                self.told_to_wait.add(chat_id)
+            if is_told is not None:
+                self.due[chat_id], self.pauses[chat_id] = due_at, is_told
+            elif due_at is not None:
+                self.due[chat_id] = min(due_at, self.due.get(chat_id, due_at))
             self.changed.notify()
 
     def hurry(self):
         """Telegram is back: what waited for that is due now. Chats that Telegram told to wait do."""
         with self.changed:
-            for chat_id in self.due.keys() - self.told_to_wait:
-                self.due[chat_id] = min(self.due[chat_id], now())
+            for chat_id in [chat_id for chat_id, is_told in self.pauses.items() if not is_told]:
+                self.due[chat_id] = now()
+                del self.pauses[chat_id]
             self.changed.notify_all()
 
 
@@ -752,9 +830,9 @@ def settle(change, *args):
 
 
 def deliver(home, delivery):
-    """Send one delivery and settle it. Returns when its chat may be sent to again, and whether that is Telegram's wish."""
+    """Send one delivery and settle it. None when that is done, else when to try again, and whether that is Telegram's wish."""
     try:
-        telegram_message_id = home.send(delivery["chat_id"], delivery["text"])
+        telegram_message_id = home.send(delivery["chat_id"], delivery["text"], bool(delivery["silent"]))
     except ChatGone as error:
         log.warning("chat %s is gone (%s): unlinked, what was queued for it given up", delivery["chat_id"], error)
         settle(settle_chat_gone, delivery, str(error))
@@ -769,7 +847,6 @@ def deliver(home, delivery):
         return now() + pause, is_told
     else:
         settle(settle_sent, delivery, telegram_message_id)
-    return now(), False
 
 
 def deliver_next(home, wait_seconds=0):
@@ -777,16 +854,14 @@ def deliver_next(home, wait_seconds=0):
     chat_id = turns.take(wait_seconds)
     if chat_id is None:
         return False
-    due_at, is_told = now() + 1, False  # should anything below fail
+    again = now() + 1, False  # should anything below fail
     try:
-        delivery = find_head(connection(), home.id, chat_id)
-        if delivery:
-            due_at, is_told = deliver(home, delivery)
-            delivery = find_head(connection(), home.id, chat_id)
-        if not delivery:
-            due_at = None
+        head = find_head(connection(), home.id, chat_id)
+        again = deliver(home, head) if head and head["send_at"] <= now() else None
+        if again is None and (head := find_head(connection(), home.id, chat_id)):
+            again = max(now(), head["send_at"]), None
     finally:
-        turns.give_back(chat_id, due_at, is_told)
+        turns.give_back(chat_id, *again or ())
     return True
 
 
@@ -809,15 +884,13 @@ LINKED = "Готово: этот чат и аккаунт {username} успеш�
 WRONG_TOKEN = f"Этот токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
 LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
 UNLINKED = f"Чат отвязан от аккаунта {{username}}. Чтобы привязать его снова, пришлите новый токен.\n\n{HOW_TO_GET_A_TOKEN}"
-HELP = """Я понимаю:
-/start — к какому аккаунту привязан этот чат
-токен — привязать чат к аккаунту
-/stop — отвязать чат
-/help — эта подсказка
+COMMANDS = {"start": "к какому аккаунту привязан этот чат", "stop": "отвязать чат", "help": "что я понимаю"}
+HELP = "Я понимаю:\n" + "".join(f"/{name} — {what}\n" for name, what in COMMANDS.items()) + """токен — привязать чат к аккаунту
 Любой другой текст из привязанного чата становится вашим сообщением, а ответ на чужое сообщение уходит его автору."""
 UNKNOWN_COMMAND = f"Такой команды я не знаю.\n\n{HELP}"
 TOO_LONG = f"Это слишком длинно: я принимаю до {MAX_TEXT} символов."
 TEXT_ONLY = "Я читаю только текст."
+NO_CHAT = "Сообщение сохранено, но не доставлено: у пользователя {username} нет привязанного чата."
 PRIVATE_ONLY = "Привязать можно только личный чат: напишите мне лично."
 
 COMMAND = re.compile(r"/(?P<name>[A-Za-z0-9_]{1,32})(@\w+)?(\s+(?P<argument>.*))?", re.DOTALL)
@@ -844,14 +917,17 @@ def converse(db, bot_id, chat_id, text, reply_to=None):
     if name == "start" or not user:
         return WRONG_TOKEN
     if name == "stop":
-        unlink_chat(db, bot_id, chat_id)
+        unlink_chat(db, bot_id, chat_id, "the chat was unlinked with /stop")
         return UNLINKED.format(**user)
     if name:
         return UNKNOWN_COMMAND
     if len(text) > MAX_TEXT:
         return TOO_LONG
-    if text.strip():
-        add_message(db, user, find_relayed_author(db, bot_id, chat_id, reply_to) or user, text, "telegram")
+    if not text.strip():
+        return None
+    recipient = find_relayed_author(db, bot_id, chat_id, reply_to) or user
+    if add_message(db, user, recipient, text, "telegram")["delivery"] == "unlinked":
+        return NO_CHAT.format(**recipient)
 
 
 def hear(db, bot_id, chat_id, text, reply_to=None):
@@ -942,10 +1018,11 @@ class Telegram:
             problem = None, f"Telegram's answer makes no sense ({type(error).__name__})"
         raise TelegramError(*problem)
 
-    def send(self, chat_id, text):
+    def send(self, chat_id, text, silent):
         """Send a text as it is; returns Telegram's id of the message. Raises TryLater, GiveUp, ChatGone."""
         try:
             sent = self.call(apihelper.send_message, chat_id, text, timeout=SEND_TIMEOUT_SECONDS,
+                             disable_notification=silent or None,
                              link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True))
         except TelegramError as error:
             if error.code == 403 or error.code == 400 and "chat not found" in error.description.lower():
@@ -961,6 +1038,10 @@ class Telegram:
         with transaction() as db:
             set_bot(db, self.id, username=username)
         announce(f"bot: @{username} on Telegram")
+        try:
+            self.call(apihelper.set_my_commands, [telebot.types.BotCommand(*command) for command in COMMANDS.items()])
+        except TelegramError as error:
+            log.info("Telegram's menu does not show the commands: %s", error)
 
     def delete_webhook(self):
         """Take away the webhook that keeps this bot from polling."""
@@ -1020,7 +1101,7 @@ class Terminal:
 
     id = chat_id = 0
 
-    def send(self, chat_id, text):
+    def send(self, chat_id, text, silent):
         """Print a text. Control characters, which could play tricks on the terminal, are replaced. Raises TryLater."""
         visible = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
         try:
@@ -1079,8 +1160,9 @@ def to_json(value):
 def as_json(body):
     """The answer's body, and its headers: what we answer is nobody else's, and nothing but JSON."""
     for name, value in JSON_HEADERS:
-        response.set_header(name, value)
-    return body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
+        if name not in response.headers:
+            response.set_header(name, value)
+    return b"" if body is None else body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
 
 
 @app.hook("before_request")
@@ -1154,9 +1236,7 @@ def client_address():
         return peer
 
 
-def refuse_token(error):
-    """The 401 of simplejwt's token views."""
-    return HTTPError(401, {"detail": str(error), "code": "token_not_valid"})
+PASSWORD_CHANGED = {"detail": "The user's password has been changed.", "code": "password_changed"}
 
 
 def sign_in():
@@ -1177,6 +1257,9 @@ def sign_in():
     user = token_user(claims)
     if user is None:
         raise HTTPError(401, {"detail": "User not found", "code": "user_not_found"})
+    if was_ended(claims, user):
+        raise HTTPError(401, PASSWORD_CHANGED)
+    request.environ["factoryapp.user_id"] = user["id"]
     return user
 
 
@@ -1210,9 +1293,15 @@ def signed_in_or_anonymous(route):
 class Text:
     """A text field: what it takes, and Django REST framework's wording of what it does not."""
 
-    def __init__(self, max_length=None, required=True, tidy=None, pattern=None, pattern_error=None):
-        self.max_length, self.required, self.tidy = max_length, required, tidy
+    def __init__(self, max_length=None, required=True, tidy=None, pattern=None, pattern_error=None, example=None):
+        self.max_length, self.required, self.tidy, self.example = max_length, required, tidy, example
         self.pattern, self.pattern_error = pattern, pattern_error
+
+    def describe(self):
+        """The field's JSON schema."""
+        schema = {"type": ["string", "number"], "minLength": 1, "maxLength": self.max_length, "example": self.example,
+                  "pattern": f"^{self.pattern}$" if self.pattern else r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
+        return {name: value for name, value in schema.items() if value is not None}
 
     def read(self, value):
         """(text, errors) of what was sent; a number counts as its digits."""
@@ -1238,6 +1327,9 @@ class Text:
 class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
 
+    def describe(self):
+        return {**super().describe(), "minLength": MIN_PASSWORD}
+
     def read(self, value):
         text, errors = super().read(value)
         if not errors and len(text) < MIN_PASSWORD:
@@ -1247,22 +1339,55 @@ class NewPassword(Text):
         return text, errors
 
 
-def tidy_username(name):
-    """The one spelling of a username: trimmed, NFKC."""
-    return unicodedata.normalize("NFKC", name.strip())
+class Flag:
+    """Yes or no; in a form, true or false."""
+
+    required = False
+
+    def describe(self):
+        return {"type": "boolean"}
+
+    def read(self, value):
+        if value is None:
+            return None, ["This field may not be null."]
+        if isinstance(value, str):
+            value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower())
+        return (value, []) if isinstance(value, bool) else (None, ["Must be a valid boolean."])
 
 
-class Form(dict):
-    """Fields of an HTML form, which cannot leave one out: a blank one may mean that."""
+class Moment:
+    """A time in ISO 8601, up to 30 days ahead; one that has passed means at once. Read as seconds since 1970."""
+
+    required = False
+
+    def describe(self):
+        return {"type": "string", "format": "date-time"}
+
+    def read(self, value):
+        if value is None:
+            return None, ["This field may not be null."]
+        try:
+            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value))
+            seconds = moment.timestamp() if moment.tzinfo else None
+        except (TypeError, ValueError, OverflowError):
+            seconds = None
+        if seconds is None:
+            return None, ["Datetime has wrong format. Use this format instead: YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."]
+        if seconds > now() + SEND_AHEAD_SECONDS:
+            return None, [f"Ensure this is at most {SEND_AHEAD_SECONDS // 86_400} days ahead."]
+        return seconds, []
 
 
 class Number:
-    """An integer field of a query string."""
+    """An integer of a query string."""
 
     required = False
 
     def __init__(self, least, most):
         self.least, self.most = least, most
+
+    def describe(self):
+        return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
     def read(self, value):
         if not re.fullmatch("-?[0-9]{1,20}", value):
@@ -1272,6 +1397,15 @@ class Number:
         if int(value) > self.most:
             return None, [f"Ensure this value is less than or equal to {self.most}."]
         return int(value), []
+
+
+def tidy_username(name):
+    """The one spelling of a username: trimmed, NFKC."""
+    return unicodedata.normalize("NFKC", name.strip())
+
+
+class Form(dict):
+    """Fields of an HTML form, which cannot leave one out: a blank one may mean that."""
 
 
 def read_fields(fields, sent):
@@ -1291,8 +1425,8 @@ def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
     """Call the route with the fields of the request's body. Answers 400 for what they do not take, 413 and 415 before."""
     def declare(route):
         @functools.wraps(route)
-        def with_fields(*args):
-            return route(*args, **read_fields(fields, read_body(max_body_bytes)))
+        def with_fields(*args, **kwargs):
+            return route(*args, **kwargs, **read_fields(fields, read_body(max_body_bytes)))
         with_fields.fields = fields
         return with_fields
     return declare
@@ -1302,10 +1436,25 @@ def asks(**fields):
     """Call the route with the fields of the request's query string."""
     def declare(route):
         @functools.wraps(route)
-        def with_fields(*args):
-            return route(*args, **read_fields(fields, request.query))
+        def with_fields(*args, **kwargs):
+            return route(*args, **kwargs, **read_fields(fields, request.query))
         with_fields.query_fields = fields
         return with_fields
+    return declare
+
+
+def answers(status, schema, *refusals):
+    """Declare what the route answers: the status when all went well, the JSON schema of that answer (None: no JSON), and the
+    statuses it refuses with beside those that other declarations imply."""
+    def declare(route):
+        @functools.wraps(route)
+        def with_status(*args, **kwargs):
+            body = route(*args, **kwargs)
+            if status != 200:
+                response.status = status
+            return body
+        with_status.answer, with_status.refusals = (status, schema), refusals
+        return with_status
     return declare
 
 
@@ -1387,16 +1536,69 @@ def stream_rows(rows, list_rows, args, before):
     yield b"]"
 
 
-USERNAME = Text(MAX_USERNAME, tidy=tidy_username, pattern=r"[\w.@+-]+", pattern_error=(
+def an_object(**properties):
+    """The JSON schema of an object that has all of these."""
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+ID = {"type": "integer", "minimum": 1, "example": 1}
+A_NAME = {"type": "string", "example": "alice"}
+A_TIME = {"type": "string", "format": "date-time", "example": "2026-11-23T18:08:27.130235Z"}
+A_JWT = {"type": "string", "example": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJ0b2tlbl90eXBlIjoi…"}
+USER = an_object(id=ID, username=A_NAME)
+MESSAGE = an_object(
+    id=ID, sender=A_NAME, recipient=A_NAME, text={"type": "string", "example": "Линия 4 остановлена"}, created_at=A_TIME,
+    source={"enum": ["api", "telegram"]}, delivery={
+        "enum": ["queued", "sent", "failed", "unlinked"], "description": "of the recipient's copy"})
+
+USERNAME = Text(MAX_USERNAME, tidy=tidy_username, example="alice", pattern=r"[\w.@+-]+", pattern_error=(
     "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."))
-NAME = Text(tidy=tidy_username)  # of somebody who may not exist
-TOKEN = Text()
+NAME = Text(tidy=tidy_username, example="alice")  # of somebody who may not exist
+RECIPIENT = Text(tidy=tidy_username, example="alice", required=False)
+PASSWORD = Text(example="S3cure-pass-91")
+NEW_PASSWORD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
+TOKEN = Text(example=A_JWT["example"])
+MESSAGE_TEXT = Text(MAX_TEXT, example="Линия 4 остановлена")
 PAGE = {"after": Number(0, MAX_ID), "before": Number(0, MAX_ID), "limit": Number(1, MAX_PAGE_ROWS)}
+
+
+@app.get("/")
+@answers(200, None)
+def show_page():
+    """The page for people with a browser."""
+    for name, value in PAGE_HEADERS:
+        response.set_header(name, value)
+    return PAGE_BYTES
+
+
+@app.get("/openapi.json/")
+@answers(200, {"type": "object"})
+def show_openapi():
+    """This description of the API, in OpenAPI 3.1."""
+    return describe_api(f"{request.urlparts.scheme}://{request.urlparts.netloc}")
+
+
+@app.get("/health/")
+@answers(200, an_object(status={"const": "ok"}, bot={"type": ["string", "null"], "example": "@factory_bot"},
+                        queued={"type": "integer"}, oldest_queued_seconds={"type": "number"}), 503)
+def show_health():
+    """Whether the database answers, which bot speaks (null: Telegram was not reached yet), and how much it has still to say."""
+    if may_not_wait():
+        raise MustWait  # counting a long queue takes a while
+    try:
+        bot = find_bot(connection(), turns.bot_id)
+        queued, oldest = count_waiting(connection())
+    except sqlite3.Error as error:
+        log.error("the database does not answer: %s", error)
+        raise HTTPError(503, {"status": "error", "reason": "The database does not answer."}) from None
+    name = "terminal" if turns.bot_id == Terminal.id else f"@{bot['username']}" if bot and bot["username"] else None
+    return {"status": "ok", "bot": name, "queued": queued, "oldest_queued_seconds": round(now() - oldest, 3) if queued else 0}
 
 
 @app.post("/api/users/register/")
 @signed_in_or_anonymous
-@takes(username=USERNAME, password=NewPassword(MAX_PASSWORD))
+@takes(username=USERNAME, password=NEW_PASSWORD)
+@answers(201, USER, 401)
 def register(username, password):
     """Make an account."""
     password_hash = hash_password(password)
@@ -1405,59 +1607,72 @@ def register(username, password):
             user_id = add_user(db, username, password_hash)
     except sqlite3.IntegrityError:
         raise HTTPError(400, {"username": ["A user with that username already exists."]}) from None
-    response.status = 201
     return {"id": user_id, "username": username}
 
 
-@app.post("/auth/token/")
-@takes(username=NAME, password=Text())
-def log_in(username, password):
-    """Exchange name and password for a refresh and an access token. Guessing is answered 429 after a while."""
+def check_password(user_id, username, password, password_hash):
+    """Whether the password is right. Raises HTTPError 429 once this address has guessed too often."""
     address = client_address()
     if (wait := math.ceil(login_throttle.seconds_to_wait(address, username))) > 0:
         raise HTTPError(429, {"detail": f"Request was throttled. Expected available in {wait} seconds."},
                         **{"Retry-After": str(wait)})
+    is_right = password_matches(password, password_hash) and user_id is not None
+    (login_throttle.forgive if is_right else login_throttle.add_failure)(address, username)
+    return is_right
+
+
+@app.post("/auth/token/")
+@takes(username=NAME, password=PASSWORD)
+@answers(200, an_object(refresh=A_JWT, access=A_JWT), 401, 429)
+def log_in(username, password):
+    """Exchange name and password for a refresh and an access token."""
     user = find_user_by_name(connection(), username)
-    if not password_matches(password, user["password"] if user else nobodys_hash()) or not user:
-        login_throttle.add_failure(address, username)
+    if not check_password(user and user["id"], username, password, user["password"] if user else nobodys_hash()):
         raise HTTPError(401, {"detail": "No active account found with the given credentials"})
-    login_throttle.forgive(address, username)
-    return {"refresh": issue_token("refresh", user["id"]), "access": issue_token("access", user["id"])}
+    return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
+
+
+def read_live_token(token, kind=None):
+    """(claims, user) of a JWT that is neither blacklisted nor ended by a new password; the user may be gone: None.
+
+    Raises HTTPError 401, worded as simplejwt's token views do.
+    """
+    try:
+        claims = read_token(token, kind)
+    except TokenError as error:
+        raise HTTPError(401, {"detail": str(error), "code": "token_not_valid"}) from None
+    user = token_user(claims)
+    if user and was_ended(claims, user):
+        raise HTTPError(401, PASSWORD_CHANGED)
+    return claims, user
 
 
 @app.post("/auth/token/refresh/")
 @takes(refresh=TOKEN)
+@answers(200, an_object(access=A_JWT), 401)
 def refresh_token(refresh):
     """Exchange a refresh token for a new access token."""
-    try:
-        claims = read_token(refresh, "refresh")
-    except TokenError as error:
-        raise refuse_token(error) from None
-    user = token_user(claims) if "user_id" in claims else None
+    _, user = read_live_token(refresh, "refresh")
     if user is None:
         raise HTTPError(401, {"detail": "No active account found for the given token.", "code": "no_active_account"})
-    return {"access": issue_token("access", user["id"])}
+    return {"access": issue_token("access", user)}
 
 
 @app.post("/auth/token/verify/")
 @takes(token=TOKEN)
+@answers(200, an_object(), 401)
 def verify_token(token):
     """Say whether a token of either kind is valid."""
-    try:
-        read_token(token)
-    except TokenError as error:
-        raise refuse_token(error) from None
+    read_live_token(token)
     return {}
 
 
 @app.post("/auth/token/blacklist/")
 @takes(refresh=TOKEN)
+@answers(200, an_object(), 401)
 def blacklist_token(refresh):
     """Log out: the refresh token is dead from now on."""
-    try:
-        claims = read_token(refresh, "refresh")
-    except TokenError as error:
-        raise refuse_token(error) from None
+    claims, _ = read_live_token(refresh, "refresh")
     with transaction() as db:
         add_blacklisted_token(db, claims["jti"], float(claims["exp"]))
     return {}
@@ -1465,6 +1680,7 @@ def blacklist_token(refresh):
 
 @app.get("/api/users/get-telegram-token/")
 @signed_in
+@answers(200, an_object(telegram_token={"type": "string"}, expires_at=A_TIME, link={"type": ["string", "null"]}))
 def get_telegram_token(user):
     """A new one-time token that links a chat to the account; the earlier one is dead."""
     token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
@@ -1475,34 +1691,144 @@ def get_telegram_token(user):
     return {"telegram_token": token, "expires_at": iso(expires_at), "link": link}
 
 
+@app.post("/api/users/unlink-telegram/")
+@signed_in
+@answers(204, None)
+def unlink_telegram(user):
+    """Unlink the account's chat, for a lost phone: what is queued for it is given up."""
+    with transaction() as db:
+        if chat := find_chat(db, user["id"]):
+            unlink_chat(db, *chat, "the user unlinked the chat")
+
+
+@app.post("/api/users/set-password/")
+@signed_in
+@takes(current_password=PASSWORD, new_password=NEW_PASSWORD)
+@answers(204, None, 429)
+def change_password(user, current_password, new_password):
+    """Change the password, which ends every token issued before."""
+    if not check_password(user["id"], user["username"], current_password, find_password(connection(), user["id"])):
+        raise HTTPError(400, {"current_password": ["Invalid password."]})
+    password_hash = hash_password(new_password)
+    with transaction() as db:
+        set_password(db, user["id"], password_hash)
+
+
+@app.get("/api/users/me/")
+@signed_in
+@answers(200, an_object(id=ID, username=A_NAME, telegram_linked={"type": "boolean"}))
+def show_account(user):
+    """Who you are, and whether a chat is linked to you."""
+    return {"id": user["id"], "username": user["username"],
+            "telegram_linked": find_chat(connection(), user["id"]) is not None}
+
+
 @app.get("/api/users/")
 @signed_in
 @asks(**PAGE)
+@answers(200, {"type": "array", "items": USER})
 def list_all_users(user, **page):
-    """Everybody: ids and names."""
+    """Everybody: ids and names. All, or a page."""
     return answer_list(find_user_page_end, list_users, (), **page)
 
 
 @app.post("/api/messages/")
 @signed_in
-@takes(MAX_MESSAGE_BODY_BYTES, text=Text(MAX_TEXT), recipient=Text(tidy=tidy_username, required=False))
-def post_message(user, text, recipient):
-    """Store a message and queue its copies, together or not at all."""
+@takes(MAX_MESSAGE_BODY_BYTES, text=MESSAGE_TEXT, recipient=RECIPIENT, silent=Flag(), send_at=Moment())
+@answers(201, MESSAGE, 422)
+def post_message(user, text, recipient, silent, send_at):
+    """Store a message and queue its copies, together or not at all. With an Idempotency-Key, a retry stores nothing more."""
+    key = read_idempotency_key()
+    request_hash = hashlib.sha256(repr((text, recipient, silent, send_at)).encode()).digest()
     with transaction() as db:
+        if key and (earlier := find_idempotency_key(db, user["id"], key)):
+            return replay(db, user, request_hash, earlier)
         to = find_user_by_name(db, recipient) if recipient else user
         if to is None:
             raise HTTPError(400, {"recipient": ["No such user."]})
-        message = add_message(db, user, to, text, "api")
-    response.status = 201
+        message = add_message(db, user, to, text, "api", bool(silent), send_at or 0)
+        if key:
+            add_idempotency_key(db, user["id"], key, request_hash, message)
     return message
+
+
+post_message.headers = {"Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,255}$"}}
+
+
+def read_idempotency_key():
+    """The request's Idempotency-Key, or None. Raises HTTPError 400."""
+    key = request.get_header("Idempotency-Key")
+    if key is not None and not re.fullmatch("[!-~]{1,255}", key):
+        raise HTTPError(400, {"Idempotency-Key": ["Give 1 to 255 visible ASCII characters."]})
+    return key
+
+
+def replay(db, user, request_hash, earlier):
+    """What was answered before to a request with this key. Raises HTTPError 422 when it was another request."""
+    if earlier["request_hash"] != request_hash:
+        raise HTTPError(422, {"detail": "This Idempotency-Key was used for another message: take a new key."})
+    response.set_header("Idempotency-Replayed", "true")
+    return {**json.loads(find_message(db, earlier["message_id"], user["id"])), "delivery": earlier["delivery"]}
 
 
 @app.get("/api/messages/")
 @signed_in
 @asks(**PAGE)
+@answers(200, {"type": "array", "items": MESSAGE})
 def list_own_messages(user, **page):
-    """All that the user sent or received, oldest first."""
+    """All that you sent or received, oldest first. All, or a page."""
     return answer_list(find_message_page_end, list_messages, (user["id"],), **page)
+
+
+@app.get("/api/messages/<message_id:re:[0-9]{1,19}>/")
+@signed_in
+@answers(200, MESSAGE, 404)
+def show_message(user, message_id):
+    """One message that you sent or received."""
+    message = find_message(connection(), min(int(message_id), MAX_ID), user["id"])
+    if message is None:
+        raise HTTPError(404)
+    return message.encode()
+
+
+def describe_api(address):
+    """The OpenAPI 3.1 document, made from what the routes declare. `address` is this server's URL."""
+    paths = {}
+    for route in app.routes:
+        path = re.sub(r"<(\w+):[^>]+>", r"{\1}", route.rule)
+        path = path.rstrip("/") if "." in path else path
+        paths.setdefault(path, {})[route.method.lower()] = describe_route(route.callback, re.findall(r"{(\w+)}", path))
+    return {"openapi": "3.1.0", "info": {"title": "FactoryApp", "version": "1.0.0", "description": __doc__.splitlines()[0]},
+            "servers": [{"url": address}], "paths": paths,
+            "components": {"securitySchemes": {"Bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}}}
+
+
+def describe_route(route, path_names):
+    """The OpenAPI operation of one route: every field it takes, every status it answers."""
+    status, schema = route.answer
+    fields, query = getattr(route, "fields", {}), getattr(route, "query_fields", {})
+    sign_in_check = getattr(route, "check_sign_in", None)
+    statuses = {503, *route.refusals, *([400] if fields or query else []), *([413, 415] if fields else []),
+                *([401] if sign_in_check else [])}
+    operation = {
+        "operationId": route.__name__, "summary": route.__doc__.split("\n")[0], "responses": {str(status): {"description": "done"}}}
+    if schema is not None:
+        operation["responses"][str(status)]["content"] = {"application/json": {"schema": schema}}
+    for refusal in sorted(statuses):
+        operation["responses"][str(refusal)] = {"description": HTTP_CODES[refusal], "content": {"application/json": {
+            "schema": {"type": "object", "example": {"detail": HTTP_CODES[refusal]}}}}}
+    if sign_in_check:
+        operation["security"] = [{"Bearer": []}] if sign_in_check is require_user else [{"Bearer": []}, {}]
+    operation["parameters"] = [
+        *({"name": name, "in": "path", "required": True, "schema": ID} for name in path_names),
+        *({"name": name, "in": "query", "schema": field.describe()} for name, field in query.items()),
+        *({"name": name, "in": "header", "schema": header} for name, header in getattr(route, "headers", {}).items())]
+    if fields:
+        body = {"schema": {"type": "object", "properties": {name: field.describe() for name, field in fields.items()},
+                           "required": [name for name, field in fields.items() if field.required]}}
+        operation["requestBody"] = {"required": True, "content": dict.fromkeys(
+            ("application/json", "application/x-www-form-urlencoded", "multipart/form-data"), body)}
+    return operation
 
 
 class JsonErrorTask(ErrorTask):
@@ -1587,7 +1913,7 @@ class Lanes:
     """waitress's dispatcher: most requests are served where they are read, on waitress's own thread, since handing one to
     another thread costs more than serving it. What would hold that thread up goes to threads that may wait."""
 
-    HASHING = ("/auth/token", "/api/users/register")
+    HASHING = ("/auth/token", "/api/users/register", "/api/users/set-password")
 
     def __init__(self):
         self.quick = deque()
@@ -1642,11 +1968,28 @@ class Lanes:
         self.hashing.shutdown(timeout=STOP_SECONDS / 2)
 
 
+def log_requests(application):
+    """The WSGI application, with a line in the log for each request."""
+    def logged(environ, start_response):
+        started_at, path, status = time.perf_counter(), urllib.parse.quote(environ["PATH_INFO"], encoding="latin-1"), []
+
+        def note_status(line, *args):
+            status[:] = [line[:3]]
+            return start_response(line, *args)
+        try:
+            return application(environ, note_status)
+        finally:
+            if status:  # else it is done again on another thread
+                log.info("%s %s %s %.1f ms, user %s, %s", environ["REQUEST_METHOD"], path, status[0],
+                         (time.perf_counter() - started_at) * 1000, environ.get("factoryapp.user_id", "-"), client_address())
+    return logged
+
+
 def make_server(sock):
     """waitress on a listening socket, with our lanes, limits and JSON errors."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
     server = waitress.create_server(
-        app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
+        log_requests(app) if log.isEnabledFor(logging.INFO) else app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
         cleanup_interval=1, send_bytes=MAX_UNSENT_BYTES, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
         max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
 
@@ -1672,6 +2015,10 @@ def serve(server, stop):
         server.task_dispatcher.serve_quick()
     server.task_dispatcher.shutdown()
     del local.patience, local.path
+
+
+PAGE_BYTES = b"<!DOCTYPE html><title>FactoryApp</title>"
+PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8")]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1705,9 +2052,11 @@ def read_arguments(argv):
     parser.add_argument("--db", default=env("FACTORYAPP_DB", "factoryapp.db"), help="database file (default factoryapp.db)")
     parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
                         help="address of a reverse proxy whose X-Forwarded-For is believed")
-    parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL", "warning"), help="least urgent lines to log to "
-                        "standard error: debug, info, warning or error (default warning)")
+    parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL"), help="least urgent lines to log to standard error: "
+                        "debug, info (a line a request), warning or error (default info, and warning when the bot talks in "
+                        "this terminal)")
     arguments = parser.parse_args(argv)
+    arguments.log_level = arguments.log_level or ("info" if env("TELEGRAM_BOT_TOKEN") else "warning")
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadSetting(f"The log level {arguments.log_level!r} is none: give --log-level debug, info, warning or error.")
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:

@@ -13,6 +13,7 @@ CREATE TABLE IF NOT EXISTS users (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: a JWT names its user by it
     username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
+    tokens_from INTEGER NOT NULL DEFAULT 0,        -- JWTs issued (iat) before this second were ended by a new password
     created_at TEXT NOT NULL
 ) STRICT;
 
@@ -65,7 +66,19 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
 
--- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of id.
+-- What was answered to a POST with an Idempotency-Key, so that a retry is answered the same and stores nothing.
+CREATE TABLE IF NOT EXISTS idempotency_keys (
+    user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    key          TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
+    request_hash BLOB NOT NULL,                    -- SHA-256 of the request's fields
+    message_id   INTEGER NOT NULL REFERENCES messages,
+    delivery     TEXT NOT NULL,                    -- the message's, as it was answered
+    used_at      REAL NOT NULL,                    -- forgotten after a day
+    PRIMARY KEY (user_id, key)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS idempotency_keys_by_age ON idempotency_keys (used_at);
+
+-- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of send_at, id.
 -- Sent rows are deleted, given-up ones stay with their reason.
 CREATE TABLE IF NOT EXISTS outbox (
     id          INTEGER PRIMARY KEY,
@@ -74,12 +87,15 @@ CREATE TABLE IF NOT EXISTS outbox (
     text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
     message_id  INTEGER REFERENCES messages,       -- whose recipient's copy this is (a part of); else NULL
     is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
+    silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
+    send_at     REAL NOT NULL DEFAULT 0,           -- its sender's wish: not before; 0 is at once
+    queued_at   REAL NOT NULL,
     attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
-    due_at      REAL NOT NULL DEFAULT 0,           -- not before; 0 is at once
+    due_at      REAL NOT NULL DEFAULT 0,           -- after a failed attempt: not before
     error       TEXT,                              -- of the last attempt, or why it was given up
     given_up_at TEXT                               -- NULL: still to be sent
 ) STRICT;
-CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
 
 -- Which message stands behind what the bot said in a chat, so that a reply to it finds its author.
 CREATE TABLE IF NOT EXISTS relayed (
