@@ -1300,7 +1300,7 @@ class Text:
     def describe(self):
         """The field's JSON schema."""
         schema = {"type": ["string", "number"], "minLength": 1, "maxLength": self.max_length, "example": self.example,
-                  "pattern": f"^{self.pattern}$" if self.pattern else r"^[^\u0000]*[^\s\u0000][^\u0000]*$"}
+                  "pattern": f"^{self.pattern}$" if self.pattern else r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"}
         return {name: value for name, value in schema.items() if value is not None}
 
     def read(self, value):
@@ -1568,7 +1568,7 @@ def show_page():
     """The page for people with a browser."""
     for name, value in PAGE_HEADERS:
         response.set_header(name, value)
-    return PAGE_BYTES
+    return PAGE.encode()
 
 
 @app.get("/openapi.json/")
@@ -2017,8 +2017,319 @@ def serve(server, stop):
     del local.patience, local.path
 
 
-PAGE_BYTES = b"<!DOCTYPE html><title>FactoryApp</title>"
-PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8")]
+# --- Page -------------------------------------------------------------------------------------------------------------
+# What GET / answers: one self-contained document. Its Content-Security-Policy lets its own style and script through, no others.
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>FactoryApp</title>
+<style>
+:root { color-scheme: light dark;
+    --page: #f4f6f7; --card: #fff; --ink: #1b2227; --quiet: #58646d; --line: #d8dfe3; --edge: #7d8993;
+    --accent: #0a665c; --on-accent: #fff; --mine: #e2f1ee; --good: #146c3c; --wait: #855400; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root {
+    --page: #12171a; --card: #1b2226; --ink: #e5eaed; --quiet: #9fabb4; --line: #303a41; --edge: #74818b;
+    --accent: #68cdbd; --on-accent: #06231f; --mine: #17362f; --good: #74d19b; --wait: #e6b866; --bad: #ff9389; } }
+* { box-sizing: border-box; margin: 0; }
+[hidden], p:empty, span:empty { display: none !important; }
+body { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+    font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
+header { justify-content: space-between; margin-bottom: .25rem; }
+.card, #link { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
+.card { margin-top: 1rem; padding: 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: .75rem; }
+.quiet, label, #requests p { font-size: .9rem; }
+.quiet, .about, #requests p, #messages:empty::before { color: var(--quiet); }
+.error::first-letter { text-transform: uppercase; }
+@media (hover: none) { .row .quiet { display: none; } }
+label { display: grid; gap: .25rem; font-weight: 600; }
+input, textarea, button, .button { font: inherit; padding: .5rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; }
+input, textarea { width: 100%; font-size: 1rem; font-weight: 400; background: var(--page); color: inherit; }
+textarea { min-height: 5rem; max-height: 50vh; resize: vertical; field-sizing: content; }
+a, button { color: var(--accent); }
+button, .button { background: none; font-weight: 600; text-decoration: none; cursor: pointer; }
+.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button:disabled { opacity: .55; cursor: default; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code { display: block; padding-left: 2ch; text-indent: -2ch; color: var(--ink); font: .85rem/1.6 ui-monospace, monospace;
+    user-select: all; }
+#link code { padding: .5rem .75rem; text-indent: 0; border: 1px dashed var(--edge); border-radius: .5rem; }
+#messages { display: flex; flex-direction: column; gap: .5rem; padding: 0; max-height: 60vh; overflow: auto;
+    margin-bottom: .25rem; list-style: none; }
+#messages:empty::before { content: "No messages yet."; }
+#messages li { align-self: start; max-width: 92%; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: .75rem; }
+#messages .mine { align-self: end; background: var(--mine); border-color: transparent; }
+.text { white-space: pre-wrap; unicode-bidi: plaintext; }
+.about { display: flex; flex-wrap: wrap; gap: 0 .75rem; font-size: .8rem; }
+[data-delivery=sent] .delivery { color: var(--good); } [data-delivery=queued] .delivery { color: var(--wait); }
+.error, [data-delivery=failed] .delivery { color: var(--bad); }
+</style>
+
+<header class="row">
+    <h1>FactoryApp</h1>
+    <form id="session" class="row" hidden><span>Signed in as <b id="me"></b></span> <button>Log out</button></form>
+</header>
+<p class="quiet">A Telegram bot repeats your messages in the chat that you link to your account.</p>
+<main>
+<noscript><p class="card">This page needs JavaScript. The requests below do not.</p></noscript>
+
+<form id="sign-in" class="card">
+    <h2>Log in or register</h2>
+    <label>Username <input name="username" autocomplete="username" autocapitalize="none" spellcheck="false" required></label>
+    <label>Password <input name="password" type="password" autocomplete="current-password" required></label>
+    <p class="quiet">New here? Choose a name and a password of at least 8 characters, then register.</p>
+    <p class="error" role="alert"></p>
+    <p class="row"><button class="main">Log in</button> <button name="register">Register</button></p>
+</form>
+
+<div id="signed-in" hidden>
+    <form id="telegram" class="card">
+        <h2>Telegram</h2>
+        <p id="linked" role="status"></p>
+        <p class="row"><button class="main" name="token" hidden>Link a chat</button>
+            <button name="unlink" hidden>Unlink</button></p>
+        <div id="link" role="status" hidden>
+            <p class="row"><a class="button main" target="_blank" rel="noreferrer">Open the bot in Telegram</a></p>
+            <p class="how"></p> <code tabindex="0"></code> <p class="quiet"></p>
+        </div>
+        <p class="error" role="alert"></p>
+    </form>
+    <form id="compose" class="card">
+        <h2>Messages</h2>
+        <ol id="messages" role="log" tabindex="0" aria-label="Messages"></ol>
+        <p id="trouble" class="error" role="status"></p>
+        <label>To <input name="recipient" list="people" placeholder="yourself" autocomplete="off" autocapitalize="none"></label>
+        <datalist id="people"></datalist>
+        <label>Message <textarea name="text" required></textarea></label>
+        <p class="error" role="alert"></p>
+        <p class="row"><button class="main">Send</button> <span class="quiet">or press Ctrl and Enter</span></p>
+    </form>
+</div>
+
+<section id="requests" class="card">
+    <h2>Requests</h2>
+    <p class="quiet">What this page does, any program can do. Bodies are JSON or forms, answers are JSON; the
+        <a href="/openapi.json" target="_blank">OpenAPI description</a> has all fields.</p>
+    <p>Register <code>curl ORIGIN/api/users/register/ -d username=alice -d password=S3cure-pass-91</code></p>
+    <p>Log in <code>curl ORIGIN/auth/token/ -d username=alice -d password=S3cure-pass-91</code></p>
+    <p>Keep the access token, which lives 5 minutes <code>AUTH="Authorization: Bearer ACCESS_TOKEN"</code></p>
+    <p>Get a new one <code>curl ORIGIN/auth/token/refresh/ -d refresh=REFRESH_TOKEN</code></p>
+    <p>Check a token <code>curl ORIGIN/auth/token/verify/ -d token=ACCESS_TOKEN</code></p>
+    <p>Log out <code>curl ORIGIN/auth/token/blacklist/ -d refresh=REFRESH_TOKEN</code></p>
+    <p>See who you are <code>curl ORIGIN/api/users/me/ -H "$AUTH"</code></p>
+    <p>Change the password, which ends all tokens
+        <code>curl ORIGIN/api/users/set-password/ -H "$AUTH" -d current_password=OLD -d new_password=NEW</code></p>
+    <p>Get a token that links a chat <code>curl ORIGIN/api/users/get-telegram-token/ -H "$AUTH"</code></p>
+    <p>Unlink the chat <code>curl ORIGIN/api/users/unlink-telegram/ -H "$AUTH" -X POST</code></p>
+    <p>List everybody <code>curl ORIGIN/api/users/ -H "$AUTH"</code></p>
+    <p>Send a message, to yourself without a recipient
+        <code>curl ORIGIN/api/messages/ -H "$AUTH" --data-urlencode "text=Line 4 has stopped" -d recipient=bob</code></p>
+    <p>List your messages <code>curl ORIGIN/api/messages/ -H "$AUTH"</code></p>
+    <p>List up to 50 after (or before) number 7 <code>curl "ORIGIN/api/messages/?after=7&amp;limit=50" -H "$AUTH"</code></p>
+    <p>See one of them <code>curl ORIGIN/api/messages/1/ -H "$AUTH"</code></p>
+    <p>See whether the server is well <code>curl ORIGIN/health/</code></p>
+</section>
+</main>
+
+<template id="message"><li>
+    <p class="text"></p> <p class="about"><b></b> <time></time> <span class="source"></span> <span class="delivery"></span></p>
+</li></template>
+
+<script>
+"use strict";
+const WATCH_MS = 2000, PATIENCE_MS = 20000, SHOWN = 50, MOST = 1000;  // messages: SHOWN on the page, MOST in one answer
+const SETTLED = {sent: "sent", failed: "failed", unlinked: "unlinked: no chat to send it to"};  // these change no more
+const $ = (id) => document.getElementById(id);
+const write = (element, words) => { if (element.textContent !== words) element.textContent = words; };
+const localTime = (iso) => new Date(iso).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
+const refusal = (status, sentence) => Object.assign(new Error(sentence), {status});
+let session = null;  // {access, refresh, username, seen, isWatching}: kept nowhere but here
+let posted = {};  // what was posted last, and the key that keeps a second try from posting it twice
+
+async function send(method, path, body, headers) {  // answers the JSON that came, or throws what to tell people
+    const answer = await fetch(path, {method, headers: {...headers, "Content-Type": "application/json"}, cache: "no-store",
+        body: JSON.stringify(body), signal: AbortSignal.timeout(PATIENCE_MS)}).catch(() => {
+        throw refusal(0, "The server cannot be reached. Check the connection, then try again.");
+    });
+    const value = answer.status === 204 ? {} : await answer.json().catch(() => null);
+    if (answer.ok && value) return value;
+    const fields = Object.entries(value || {}).map(([field, sentences]) => `${field}: ${[sentences].flat().join(" ")}`);
+    const pause = answer.headers.get("Retry-After") || "some";
+    throw refusal(answer.status, answer.status === 429 ? `Too many tries. Wait ${pause} seconds, then try again.`
+        : value?.detail || fields.join(" ") || `The server is out of order (status ${answer.status}). Try again later.`);
+}
+
+async function ask(method, path, body, headers) {  // as who is signed in; an access token that is too old is renewed once
+    const mine = session;
+    const attempt = () => send(method, path, body, {...headers, Authorization: `Bearer ${mine.access}`});
+    const value = await attempt().catch(async (error) => {
+        if (error.status !== 401) throw error;
+        mine.access = (await send("POST", "/auth/token/refresh/", {refresh: mine.refresh})).access;
+        return attempt();
+    }).catch((error) => {
+        if (error.status === 401 && session === mine) signOut("Your session has ended. Please log in again.");
+        throw error;
+    });
+    if (session !== mine) throw refusal(0, "You have logged out.");
+    return value;
+}
+
+function showAccount({username, telegram_linked}) {
+    write($("me"), session.username = username);
+    write($("linked"), telegram_linked ? "A chat is linked: the bot repeats your messages there."
+        : "No chat is linked yet, so the bot has nowhere to repeat your messages.");
+    $("telegram").elements.token.hidden = telegram_linked;
+    $("telegram").elements.unlink.hidden = !telegram_linked;
+    $("link").hidden ||= telegram_linked;
+}
+
+function showLink({telegram_token, expires_at, link}) {
+    const [button, how, code, until] = $("link").querySelectorAll("a, .how, code, .quiet");
+    button.href = link || "";
+    button.parentElement.hidden = !link;
+    write(how, link ? "Or send it this:" : "The bot talks in the terminal where the server runs. Type this line there:");
+    write(code, telegram_token);
+    write(until, `It works once, until ${localTime(expires_at)}.`);
+    $("link").hidden = false;
+}
+
+function showMessages(messages) {
+    const list = $("messages"), wasAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+    for (const message of messages) {
+        const next = [...list.children].find((item) => item.dataset.id >= message.id) || null;
+        const item = next?.dataset.id === String(message.id) ? next : list.insertBefore(newItem(message), next);
+        item.dataset.delivery = message.delivery;
+        write(item.querySelector(".delivery"), SETTLED[message.delivery] || message.delivery);
+    }
+    while (list.children.length > SHOWN) list.firstElementChild.remove();
+    if (wasAtEnd) list.scrollTop = list.scrollHeight;
+}
+
+function newItem({id, sender, recipient, text, created_at, source}) {
+    const item = $("message").content.firstElementChild.cloneNode(true), me = session.username;
+    const [words, who, time, from] = item.querySelectorAll(".text, b, time, .source");
+    item.dataset.id = id;
+    if (sender === me) item.className = "mine";
+    write(words, text);
+    write(who, sender !== me ? sender : recipient === me ? "You" : `You to ${recipient}`);
+    write(time, localTime(created_at));
+    write(from, source === "telegram" ? "written to the bot" : "");
+    return item;
+}
+
+async function listPeople() {
+    const people = await ask("GET", "/api/users/?limit=1000").catch(() => []);  // without them, one types the whole name
+    $("people").replaceChildren(...people.map(({username}) => new Option(username)));
+}
+
+async function watch() {  // what is new, and how the deliveries go on: all from the first that is not settled
+    const mine = session;
+    if (!mine || mine.isWatching || document.hidden) return;
+    mine.isWatching = true;
+    try {
+        showAccount(await ask("GET", "/api/users/me/"));
+        const moving = [...$("messages").children].filter((item) => !SETTLED[item.dataset.delivery]);
+        const after = Math.min(mine.seen, ...moving.map((item) => item.dataset.id - 1));
+        const range = mine.seen === undefined ? `before=9223372036854775807&limit=${SHOWN}` : `after=${after}&limit=${MOST}`;
+        const messages = await ask("GET", `/api/messages/?${range}`);
+        showMessages(messages);
+        mine.seen = Math.max(mine.seen || 0, ...messages.map((message) => message.id));
+        write($("trouble"), "");
+    } catch (error) {
+        if (session === mine) write($("trouble"), error.message);
+    } finally {
+        mine.isWatching = false;
+    }
+}
+
+function onSubmit(id, act) {  // `act` gets the form's fields and the name of the button; what it throws is shown in the form
+    const form = $(id), buttons = form.querySelectorAll("button"), complaint = form.querySelector("[role=alert]");
+    form.addEventListener("submit", async (event) => {
+        event.preventDefault();
+        if (buttons[0].disabled) return;
+        const mine = session, focused = document.activeElement;
+        buttons.forEach((button) => { button.disabled = true; });
+        complaint?.replaceChildren();
+        try {
+            await act(form.elements, event.submitter?.name);
+        } catch (error) {
+            if (session === mine) complaint?.append(error.message);
+        }
+        buttons.forEach((button) => { button.disabled = false; });
+        if (document.activeElement === document.body) focused.focus();
+    });
+}
+
+onSubmit("sign-in", async ({username, password}, button) => {
+    const account = {username: username.value, password: password.value};
+    if (button === "register") await send("POST", "/api/users/register/", account);
+    session = await send("POST", "/auth/token/", account).catch((error) => {
+        throw error.status === 401 ? refusal(401, "Wrong username or password.") : error;
+    });
+    password.value = "";
+    $("sign-in").hidden = true;
+    $("session").hidden = $("signed-in").hidden = false;
+    listPeople();
+    await watch();
+    ($("telegram").elements.token.hidden ? $("compose").elements.text : $("telegram").elements.token).focus();
+});
+
+function signOut(sentence) {
+    session = null;
+    posted = {};
+    for (const form of document.forms) form.reset();
+    for (const element of document.querySelectorAll("#messages, #people, #me, #linked, #link code, .error")) write(element, "");
+    $("link").querySelector("a").href = "";
+    $("session").hidden = $("signed-in").hidden = $("link").hidden = true;
+    $("sign-in").hidden = false;
+    $("sign-in").elements.username.focus();
+    write($("sign-in").querySelector("[role=alert]"), sentence);
+}
+
+onSubmit("session", async () => {
+    const {refresh} = session;
+    signOut("");
+    await send("POST", "/auth/token/blacklist/", {refresh});
+});
+
+onSubmit("telegram", async (fields, button) => {
+    if (button === "token") return showLink(await ask("GET", "/api/users/get-telegram-token/"));
+    await ask("POST", "/api/users/unlink-telegram/");
+    showAccount({...session, telegram_linked: false});
+});
+
+onSubmit("compose", async ({recipient, text}) => {
+    const body = {text: text.value, recipient: recipient.value.trim() || undefined}, words = JSON.stringify(body);
+    if (posted.words !== words) posted = {words, key: crypto.getRandomValues(new Uint32Array(4)).join("-")};
+    showMessages([await ask("POST", "/api/messages/", body, {"Idempotency-Key": posted.key})]);
+    posted = {};
+    if (text.value === body.text) text.value = "";
+    $("messages").scrollTop = $("messages").scrollHeight;
+});
+
+$("compose").elements.recipient.addEventListener("focus", listPeople);
+$("compose").elements.text.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compose").requestSubmit();
+});
+for (const code of $("requests").querySelectorAll("code")) write(code, code.textContent.replace("ORIGIN", location.origin));
+document.addEventListener("visibilitychange", watch);
+setInterval(watch, WATCH_MS);
+</script>
+"""
+
+
+def csp_hash(element):
+    """The Content-Security-Policy source that allows the page's one inline style or script (CSP level 2, hash sources)."""
+    text = re.search(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)[1]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Referrer-Policy", "no-referrer"), ("Content-Security-Policy", (
+    f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"))]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

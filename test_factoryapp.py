@@ -1,4 +1,6 @@
 """Tests through the front doors: WebTest for HTTP, a small real Bot API server on loopback for Telegram, the program itself."""
+import base64
+import hashlib
 import json
 import os
 import random
@@ -1971,6 +1973,28 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
     assert "failed" in log and "refused" in log
     for secret in (BOT_TOKEN, BOT_TOKEN.split(":")[1], PASSWORD, token, headers["Authorization"].split()[1], "text-of-a-message"):
         assert secret not in log
+
+
+def test_page_allows_its_own_style_and_script_alone(http):
+    response = http.get("/")
+    policy = response.headers["Content-Security-Policy"]
+    assert response.content_type == "text/html" and "default-src 'none'" in policy and "unsafe" not in policy
+    for element in ("script", "style"):
+        (text,) = re.findall(f"<{element}>(.*?)</{element}>", response.text, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
+    assert not re.search(r"""(src|href)="(?!/|\s*")|style="|[ ]on\w+="|url\(|@import|innerHTML|localStorage|cookie""", response.text)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_page_runs_in_a_browser(start, tmp_path):
+    program = start()
+    shown = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'chromium'}",
+         "--virtual-time-budget=2000", "--enable-logging=stderr", "--dump-dom", program.url + "/"],
+        capture_output=True, text=True, timeout=60)
+    assert f"curl {program.url}/api/users/register/" in shown.stdout and "curl ORIGIN" not in shown.stdout
+    assert "Content Security Policy" not in shown.stderr and "Uncaught" not in shown.stderr
 
 
 def test_log_has_a_line_for_each_request(start, bot_api):
