@@ -248,11 +248,10 @@ def fsync_or_exit():
 
 def checkpoint(db):
     """Copy the write-ahead log into the database, so that it starts anew. Readers are waited for only when it has grown long."""
-    mode = "RESTART" if Wal.frames > WAL_LONG_FRAMES else "PASSIVE"
+    Wal.commits, mode = 0, "RESTART" if Wal.frames > WAL_LONG_FRAMES else "PASSIVE"
     try:
         Wal.frames = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[1]
-        Wal.commits = 0
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         if "FSYNC" in getattr(error, "sqlite_errorname", ""):
             raise
         log.warning("the write-ahead log was not copied, and grows: %s", error)  # the commit itself is safe in it
@@ -959,9 +958,9 @@ def receive_or_skip(bot_id, update):
     for attempt in range(1, UPDATE_TRIES + 1):
         try:
             return receive(bot_id, update)
-        except sqlite3.Error:
-            raise
         except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise
             update_id = update.get("update_id") if isinstance(update, dict) else None
             log.warning("update %s failed, try %s of %s", update_id, attempt, UPDATE_TRIES,
                         exc_info=(type(error), None, error.__traceback__))  # the exception's own text may quote the message
@@ -993,6 +992,11 @@ def request_quietly(method, url, params=None, files=None, timeout=None, proxies=
     raise TelegramError(None, f"Telegram cannot be reached: {kind}")  # out of the except: no __context__ with the URL
 
 
+def is_webhook(error):
+    """Whether a webhook keeps the bot from polling."""
+    return error.code == 409 and "webhook" in error.description.lower()
+
+
 class Telegram:
     """The bot's home where people meet it: long polling in, sendMessage out. One a process, as telebot's settings are."""
 
@@ -1000,6 +1004,7 @@ class Telegram:
 
     def __init__(self, token, api_url):
         self.id, self.token = int(token.split(":")[0]), token
+        self.failures = 0  # calls of run() that failed in a row
         apihelper.API_URL = api_url.rstrip("/").replace("{", "%7B").replace("}", "%7D") + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = request_quietly
 
@@ -1048,11 +1053,14 @@ class Telegram:
         self.call(apihelper.delete_webhook)
 
     def poll(self):
-        """Receive one batch of updates, waiting for it up to LONG_POLL_SECONDS. False when nothing came, and that at once."""
+        """Receive one batch of updates, waiting for it up to LONG_POLL_SECONDS, or not long when it may fail again.
+
+        False when nothing came, and that at once.
+        """
         started_at = time.monotonic()
         bot = find_bot(connection(), self.id)
         updates = self.call(apihelper.get_updates, offset=bot["next_update_id"], timeout=LONG_POLL_SECONDS + 5,
-                            long_polling_timeout=LONG_POLL_SECONDS, allowed_updates=self.allowed_updates)
+                            long_polling_timeout=1 if self.failures else LONG_POLL_SECONDS, allowed_updates=self.allowed_updates)
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
@@ -1064,7 +1072,7 @@ class Telegram:
         if error.code in (401, 404):
             log.error("Telegram refuses TELEGRAM_BOT_TOKEN (%s): get the right one from @BotFather and start again. "
                       "The HTTP API goes on, deliveries wait.", error)
-        elif error.code == 409 and "webhook" in error.description.lower():
+        elif is_webhook(error):
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
         elif error.code == 409:
             log.error("another process polls this bot: end it, or use another bot (%s)", error)
@@ -1073,26 +1081,25 @@ class Telegram:
 
     def run(self, stop):
         """Poll until told to stop; when Telegram comes back after an absence, so do the deliveries."""
-        step, failures = self.introduce, 0
+        step = self.introduce
         while not stop.is_set():
             pause = 0
             try:
                 if step() is False:
                     pause = 1  # a server that answers at once with nothing must not be hammered
-                if failures:
+                if self.failures:
                     log.warning("Telegram answers again")
                     turns.hurry()
-                step, failures = self.poll, 0
-            except TelegramError as error:
-                self.explain(error)
-                if error.code == 409 and "webhook" in error.description.lower():
-                    step = self.delete_webhook
-                failures += 1
-                pause = backoff(failures, POLL_BACKOFF_MAX_SECONDS) if error.retry_after is None else error.retry_after
-            except Exception:
-                log.exception("polling round failed")
-                failures += 1
-                pause = backoff(failures, POLL_BACKOFF_MAX_SECONDS)
+                step, self.failures = self.poll, 0
+            except Exception as error:
+                self.failures += 1
+                pause = backoff(self.failures, POLL_BACKOFF_MAX_SECONDS)
+                if isinstance(error, TelegramError):
+                    self.explain(error)
+                    step = self.delete_webhook if is_webhook(error) else step
+                    pause = pause if error.retry_after is None else error.retry_after
+                else:
+                    log.exception("polling round failed")
             stop.wait(pause)
 
 
@@ -1359,6 +1366,7 @@ class Moment:
     """A time in ISO 8601, up to 30 days ahead; one that has passed means at once. Read as seconds since 1970."""
 
     required = False
+    pattern = r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(:\d\d(\.\d{3}|\.\d{6})?)?([Zz]|[+-]\d\d:\d\d)"
 
     def describe(self):
         return {"type": "string", "format": "date-time"}
@@ -1367,11 +1375,10 @@ class Moment:
         if value is None:
             return None, ["This field may not be null."]
         try:
-            moment = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value))
-            seconds = moment.timestamp() if moment.tzinfo else None
+            if not re.fullmatch(self.pattern, value):
+                raise ValueError
+            seconds = datetime.fromisoformat(value.upper().replace("Z", "+00:00")).timestamp()
         except (TypeError, ValueError, OverflowError):
-            seconds = None
-        if seconds is None:
             return None, ["Datetime has wrong format. Use this format instead: YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."]
         if seconds > now() + SEND_AHEAD_SECONDS:
             return None, [f"Ensure this is at most {SEND_AHEAD_SECONDS // 86_400} days ahead."]
@@ -1510,15 +1517,16 @@ def answer_list(find_page_end, list_rows, args, after, before, limit):
     Few rows are answered whole, more are streamed in bounded memory. Where `limit` leaves some out, a Link header names the
     next page (RFC 8288).
     """
-    if after is not None and before is not None:
-        raise HTTPError(400, {"before": ["Give after or before, not both."]})
-    name, order = ("after", "ASC") if before is None else ("before", "DESC")
+    query = {name: value for name, value in (("after", after), ("before", before), ("limit", limit)) if value is not None}
+    side = "after" if before is None or after is not None else "before"
     after, before = after or 0, MAX_ID if before is None else before
     if limit:
+        order = "ASC" if side == "after" else "DESC"
         end = [row["id"] for row in find_page_end(connection(), *args, after, before, limit, order)]
         if len(end) == 2:  # the page's last row, and one more
-            response.set_header("Link", f'<{request.path}?{name}={end[0]}&limit={limit}>; rel="next"')
-            after, before = (after, end[1]) if order == "ASC" else (end[1], before)
+            query[side] = end[0]
+            response.set_header("Link", f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"')
+            after, before = (after, end[1]) if side == "after" else (end[1], before)
     rows = list_rows(connection(), *args, after, before, LIST_PAGE_ROWS)
     if len(rows) < LIST_PAGE_ROWS:
         return b"[%s]" % ",".join(text for _, text in rows).encode()
@@ -1878,6 +1886,8 @@ class Channel(HTTPChannel):
 
     def take_back(self):
         """Say that it did not work, instead of the answer that waits to be sent."""
+        if not self.connected:
+            return
         self.outbufs, self.total_outbufs_len = [OverflowableBuffer(self.adj.outbuf_overflow)], 0
         request = TimedRequest(self.adj)
         request.error = NotStored
