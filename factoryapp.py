@@ -33,28 +33,33 @@ import time
 import unicodedata
 import urllib.parse
 from collections import OrderedDict, deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import GeneratorType
 
-import jwt
-import requests
-import telebot
-import waitress
-from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
-from telebot import apihelper
-from waitress import wasyncore
-from waitress.buffers import OverflowableBuffer
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
-from waitress.utilities import BadRequest
+try:
+    import jwt
+    import requests
+    import telebot
+    import waitress
+    from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
+    from telebot import apihelper
+    from waitress import wasyncore
+    from waitress.buffers import OverflowableBuffer
+    from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.task import ErrorTask, ThreadedTaskDispatcher
+    from waitress.utilities import BadRequest
+except ModuleNotFoundError as error:
+    print(f"factoryapp: the package {error.name} is missing: start as README.md says, or install requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit in its name.
 
 SCHEMA_VERSION = 1
+APPLICATION_ID = 0x46614170  # "FaAp", in the database's header: nobody else's file is taken for ours
 ACCESS_TOKEN_SECONDS = 5 * 60
 REFRESH_TOKEN_SECONDS = 24 * 3600
 LINK_TOKEN_SECONDS = 10 * 60
@@ -287,25 +292,38 @@ def transaction():
         commit(db)
 
 
+def check_store():
+    """Raise BadSetting when the file that should be our database is something else; touch nothing."""
+    try:
+        if os.path.exists(settings.db) and (os.path.isdir(settings.db) or os.path.getsize(settings.db)):
+            with closing(sqlite3.connect(f"file:{urllib.parse.quote(settings.db)}?mode=ro", uri=True)) as db:
+                application_id, version, tables = db.execute("""
+                    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
+                    FROM pragma_application_id, pragma_user_version""").fetchone()
+            if tables and application_id != APPLICATION_ID:
+                raise BadSetting(f"The database {settings.db} is another program's: name another file with --db.")
+            if version > SCHEMA_VERSION:
+                raise BadSetting(f"The database {settings.db} is from a newer version of FactoryApp: start that version, or name "
+                                 "another file with --db.")
+    except (OSError, sqlite3.Error) as error:
+        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name another file with --db.") from None
+
+
 def open_store():
-    """Make or update the database. Raises BadSetting when this cannot be the database of this version."""
+    """Make or update the database. Raises BadSetting when that cannot be done."""
     try:
         with open(settings.db, "ab"):
             for path in filter(os.path.exists, (settings.db, settings.db + "-wal", settings.db + "-shm")):
                 os.chmod(path, 0o600)
         db = connection()
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise BadSetting(f"The database {settings.db} is from a newer version of FactoryApp: start that version, or name "
-                             "another file with --db.")
         db.execute("PRAGMA journal_mode = WAL")
         db.executescript(f"BEGIN IMMEDIATE; {Path(__file__).with_name('schema.sql').read_text('utf-8')} "
-                         f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                         f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         with transaction() as db:
             db.execute("INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                        (secrets.token_bytes(SECRET_MIN_BYTES),))
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with --db.")
+        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with --db.") from None
 
 
 @functools.cache
@@ -560,6 +578,8 @@ def give_up(db, reason, which, values):
     is told once, if there is a chat to say it in."""
     rows = db.execute(f"UPDATE outbox SET given_up_at = ?, error = ? WHERE {which} RETURNING message_id",
                       (iso(now()), reason, *values)).fetchall()
+    if rows:
+        log.warning("%s deliveries given up: %s", len(rows), reason)
     undelivered = {}  # (sender, recipient): how many messages
     for message_id in dict.fromkeys(row["message_id"] for row in rows):
         for message in db.execute("UPDATE messages SET delivery = 'failed' WHERE id = ? AND delivery <> 'failed' "
@@ -833,10 +853,9 @@ def deliver(home, delivery):
     try:
         telegram_message_id = home.send(delivery["chat_id"], delivery["text"], bool(delivery["silent"]))
     except ChatGone as error:
-        log.warning("chat %s is gone (%s): unlinked, what was queued for it given up", delivery["chat_id"], error)
+        log.warning("chat %s is gone: unlinked", delivery["chat_id"])
         settle(settle_chat_gone, delivery, str(error))
     except GiveUp as error:
-        log.warning("delivery %s to chat %s given up: %s", delivery["id"], delivery["chat_id"], error)
         settle(settle_given_up, delivery, str(error))
     except TryLater as error:
         is_told = error.retry_after is not None
@@ -874,12 +893,21 @@ def run_outbox(home, stop):
             stop.wait(1)
 
 
+def announce(line):
+    """Tell the operator, who may have closed standard output."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        log.info("%s", line)
+
+
 # --- Bot --------------------------------------------------------------------------------------------------------------
 # What it says, the conversation, then its two homes: Telegram and the terminal.
 
 HOW_TO_GET_A_TOKEN = "Токен выдаёт API: GET /api/users/get-telegram-token/. Он действует 10 минут и только один раз."
 GREETING = f"Здравствуйте! Пришлите мне токен, чтобы привязать этот чат к вашему аккаунту.\n\n{HOW_TO_GET_A_TOKEN}"
 LINKED = "Готово: этот чат и аккаунт {username} успешно привязаны. Теперь я повторяю здесь ваши сообщения."
+NOT_LINKED = f"Этот чат не привязан: токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
 WRONG_TOKEN = f"Этот токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
 LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
 UNLINKED = f"Чат отвязан от аккаунта {{username}}. Чтобы привязать его снова, пришлите новый токен.\n\n{HOW_TO_GET_A_TOKEN}"
@@ -914,7 +942,7 @@ def converse(db, bot_id, chat_id, text, reply_to=None):
     if name == "start" and not argument:
         return LINKED_TO.format(**user) if user else GREETING
     if name == "start" or not user:
-        return WRONG_TOKEN
+        return WRONG_TOKEN if user else NOT_LINKED
     if name == "stop":
         unlink_chat(db, bot_id, chat_id, "the chat was unlinked with /stop")
         return UNLINKED.format(**user)
@@ -1129,7 +1157,7 @@ class Terminal:
                     stop.wait(1)
                     continue
                 if not line:
-                    return
+                    return announce("bot: the input has ended; what is written in the API is still repeated here")
                 self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
 
     def hear(self, text, stop):
@@ -1716,6 +1744,7 @@ def unlink_telegram(user):
 def change_password(user, current_password, new_password):
     """Change the password, which ends every token issued before."""
     if not check_password(user["id"], user["username"], current_password, find_password(connection(), user["id"])):
+        log.warning("refused set-password from %s: wrong password", client_address())
         raise HTTPError(400, {"current_password": ["Invalid password."]})
     password_hash = hash_password(new_password)
     with transaction() as db:
@@ -1844,7 +1873,7 @@ class JsonErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        detail = PUBLIC_DETAILS[500] if error.code == 500 else f"{error.reason}: {error.body}"
+        detail = PUBLIC_DETAILS[error.code] if error.code in (413, 500) else f"{error.reason}: {error.body}"
         body = to_json({"detail": detail})
         self.status = f"{error.code} {error.reason}"
         self.response_headers.extend(JSON_HEADERS)
@@ -1998,8 +2027,9 @@ def log_requests(application):
 def make_server(sock):
     """waitress on a listening socket, with our lanes, limits and JSON errors."""
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
+    application = log_requests(app) if log.isEnabledFor(logging.INFO) else app
     server = waitress.create_server(
-        log_requests(app) if log.isEnabledFor(logging.INFO) else app, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
+        application, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
         cleanup_interval=1, send_bytes=MAX_UNSENT_BYTES, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
         max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
 
@@ -2345,14 +2375,6 @@ PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Referrer-Policy"
 # --- Main -------------------------------------------------------------------------------------------------------------
 
 
-def announce(line):
-    """Tell the operator, who may have closed standard output."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        log.info("%s", line)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadSetting(f"{message}. See --help.")
@@ -2379,9 +2401,17 @@ def read_arguments(argv):
     arguments = parser.parse_args(argv)
     arguments.log_level = arguments.log_level or ("info" if env("TELEGRAM_BOT_TOKEN") else "warning")
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise BadSetting(f"The log level {arguments.log_level!r} is none: give --log-level debug, info, warning or error.")
+        raise BadSetting(f"The log level has to be debug, info, warning or error, not {arguments.log_level!r}: change --log-level "
+                         "or FACTORYAPP_LOG_LEVEL.")
+    try:
+        arguments.trusted_proxy = str(ipaddress.ip_address(arguments.trusted_proxy)) if arguments.trusted_proxy else None
+    except ValueError:
+        raise BadSetting(f"The trusted proxy has to be an IP address, not {arguments.trusted_proxy!r}: change --trusted-proxy or "
+                         "FACTORYAPP_TRUSTED_PROXY.") from None
+    if not arguments.db:
+        raise BadSetting("The database has no name: give --db or FACTORYAPP_DB a file.")
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
-        raise BadSetting(f"The port {arguments.port!r} is none: give --port a number from 0 to 65535.")
+        raise BadSetting(f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port or FACTORYAPP_PORT.")
     return arguments
 
 
@@ -2395,7 +2425,7 @@ def choose_home():
     api_url = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
     parts = urllib.parse.urlsplit(api_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSetting("TELEGRAM_API_URL is no address: it looks like https://api.telegram.org.")
+        raise BadSetting("TELEGRAM_API_URL is malformed: it looks like https://api.telegram.org.")
     return Telegram(token, api_url)
 
 
@@ -2419,8 +2449,9 @@ def listen(host, port):
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
     except (OSError, UnicodeError) as error:
-        raise BadSetting(f"Cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error}): end what uses it, "
-                         "or choose another --host or --port.") from None
+        reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]
+        raise BadSetting(f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port, or end what uses "
+                         "it.") from None
 
 
 def main(argv=None):
@@ -2442,9 +2473,10 @@ def main(argv=None):
         if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
             raise BadSetting(f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave it out.")
         home = choose_home()
+        check_store()
         lock = lock_database()
-        open_store()
         sock = listen(arguments.host, int(arguments.port))
+        open_store()
     except BadSetting as error:
         print(f"factoryapp: {error}", file=sys.stderr)
         return 2
@@ -2465,6 +2497,8 @@ def main(argv=None):
              f"database: {settings.db}")
     if isinstance(home, Terminal):
         announce("bot: this terminal; type what you would write to it in Telegram, /start to begin with")
+    else:
+        announce("bot: on Telegram, not reached yet")
     senders = [threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True) for n in range(SENDERS)]
     for worker in (threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True), *senders):
         worker.start()
