@@ -88,10 +88,10 @@ LOGIN_FAILURES_PER_ADDRESS = 100
 LOGIN_KEYS_REMEMBERED = 10_000
 
 TELEGRAM_MAX_TEXT = 4096  # code points in one message (Bot API, sendMessage)
-SENDERS = 8  # threads
+SENDERS = 16  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
 SENDS_BURST = 5  # at once, so that the network's jitter makes no second of more than that
-SEND_TIMEOUT_SECONDS = 20
+SEND_TIMEOUT_SECONDS = 15
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
@@ -104,7 +104,7 @@ REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
 PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
-MAX_UNSENT_BYTES = 1024 * 1024  # of an answer, before its first bytes leave: more than any answer to a write has
+MAX_UNTAKEN_BYTES = 1024**3  # of answers, in a temporary file, before a thread waits for its client to take them
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 log = logging.getLogger("factoryapp")
@@ -121,6 +121,11 @@ class settings:
 def now():
     """Seconds since 1970."""
     return time.time()
+
+
+def ticks():
+    """Seconds that only go forward, for pauses and paces: the clock may be set back."""
+    return time.monotonic()
 
 
 def iso(seconds):
@@ -172,6 +177,10 @@ class MustWait(BaseException):
     """
 
 
+class MustHash(MustWait):
+    """The same, by the hash of a password, which takes so long that it gets threads of its own."""
+
+
 class Connection(sqlite3.Connection):
     """A thread's connection, with what its open transaction has to remember until the commit."""
 
@@ -216,7 +225,7 @@ def begin(db):
         raise MustWait if may_not_wait() else sqlite3.OperationalError("other threads write for too long")
     try:
         db.execute("BEGIN IMMEDIATE")
-    except sqlite3.OperationalError as error:
+    except BaseException as error:
         write_lock.release()
         raise MustWait if may_not_wait() and "locked" in str(error) else error
     db.queued_for, db.is_lost = set(), False
@@ -264,9 +273,11 @@ def checkpoint(db):
 
 def release(db):
     """Let others write. What is not committed is gone."""
-    if db.in_transaction:
-        db.execute("ROLLBACK")
-    write_lock.release()
+    try:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    finally:
+        write_lock.release()
 
 
 @contextmanager
@@ -295,7 +306,9 @@ def transaction():
 def check_store():
     """Raise BadSetting when the file that should be our database is something else; touch nothing."""
     try:
-        if os.path.exists(settings.db) and (os.path.isdir(settings.db) or os.path.getsize(settings.db)):
+        if os.path.exists(settings.db) and not os.path.isfile(settings.db):
+            raise BadSetting(f"The database {settings.db} is no file: name another with --db.")
+        if os.path.exists(settings.db) and os.path.getsize(settings.db):
             with closing(sqlite3.connect(f"file:{urllib.parse.quote(settings.db)}?mode=ro", uri=True)) as db:
                 application_id, version, tables = db.execute("""
                     SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
@@ -351,10 +364,11 @@ def find_password(db, user_id):
     return db.execute("SELECT password FROM users WHERE id = ?", (user_id,)).fetchone()["password"]
 
 
-def set_password(db, user_id, password_hash):
-    """Change the password, and end every token issued until now."""
-    db.execute("UPDATE users SET password = ?, tokens_from = ? WHERE id = ?", (password_hash, int(now()) + 1, user_id))
+def set_password(db, user_id, old_hash, new_hash):
+    """Change the password, and end every token issued until now. False when it is not the old one any more."""
     db.execute("DELETE FROM link_tokens WHERE user_id = ?", (user_id,))
+    return db.execute("UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
+                      (new_hash, int(now()) + 1, user_id, old_hash)).rowcount == 1
 
 
 def find_user_page_end(db, after, before, rows, order):
@@ -372,7 +386,8 @@ def list_users(db, after, before, rows):
 
 def add_blacklisted_token(db, jti, expires_at):
     """End a refresh token before its time, and forget those whose time has passed."""
-    db.execute("DELETE FROM blacklisted_tokens WHERE expires_at < ?", (now(),))
+    db.execute("DELETE FROM blacklisted_tokens WHERE jti IN (SELECT jti FROM blacklisted_tokens WHERE expires_at < ? LIMIT 100)",
+               (now(),))
     db.execute("INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING", (jti, expires_at))
 
 
@@ -414,8 +429,9 @@ def link_chat(db, bot_id, chat_id, user_id):
     if earlier_user and earlier_user["id"] != user_id:
         unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
     if earlier_chat:
-        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL",
-                   (bot_id, chat_id, *earlier_chat))
+        in_flight = find_head(db, *earlier_chat)["id"] if turns.is_busy(*earlier_chat) and find_head(db, *earlier_chat) else None
+        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL AND id IS NOT ?",
+                   (bot_id, chat_id, *earlier_chat, in_flight))
     db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
                (bot_id, chat_id, user_id, iso(now())))
     db.queued_for.add((bot_id, chat_id))
@@ -447,6 +463,7 @@ def add_told_group(db, bot_id, chat_id):
 
 def add_message(db, sender, recipient, text, source, silent=False, send_at=0):
     """Store a message and queue its copies: one for the recipient's chat, one for the sender's own. Returns it as answered."""
+    send_at = send_at if send_at > now() else 0
     chat = find_chat(db, recipient["id"])
     created_at, delivery = iso(now()), "queued" if chat else "unlinked"
     message_id = db.execute("""
@@ -475,15 +492,20 @@ def find_message(db, message_id, user_id):
 
 def add_idempotency_key(db, user_id, key, request_hash, message):
     """Remember what a request with this key was answered."""
-    db.execute("INSERT INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)",
-               (user_id, key, request_hash, message["id"], message["delivery"], now()))
+    db.execute("""
+        INSERT OR REPLACE INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)
+        """, (user_id, key, request_hash, message["id"], message["delivery"], now()))
 
 
 def find_idempotency_key(db, user_id, key):
     """(request hash, message id, delivery) of the user's request with this key, or None. Keys are forgotten after a day."""
-    db.execute("DELETE FROM idempotency_keys WHERE used_at < ?", (now() - IDEMPOTENCY_SECONDS,))
-    return db.execute("SELECT request_hash, message_id, delivery FROM idempotency_keys WHERE user_id = ? AND key = ?",
-                      (user_id, key)).fetchone()
+    oldest = now() - IDEMPOTENCY_SECONDS
+    db.execute("""
+        DELETE FROM idempotency_keys WHERE (user_id, key) IN (SELECT user_id, key FROM idempotency_keys WHERE used_at < ? LIMIT 100)
+        """, (oldest,))
+    return db.execute("""
+        SELECT request_hash, message_id, delivery FROM idempotency_keys WHERE user_id = ? AND key = ? AND used_at >= ?
+        """, (user_id, key, oldest)).fetchone()
 
 
 MESSAGE_JSON = """json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
@@ -531,10 +553,10 @@ def queue_text(db, bot_id, chat_id, text, message_id=None, silent=False, send_at
 
 
 def list_queues(db, bot_id):
-    """(chat id, when its head is due) of each chat with something queued."""
+    """(chat id, seconds until its head is due) of each chat with something queued."""
     chats = db.execute("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL", (bot_id,)).fetchall()
     heads = [find_head(db, bot_id, chat["chat_id"]) for chat in chats]
-    return [(head["chat_id"], max(head["due_at"], head["send_at"])) for head in heads]
+    return [(head["chat_id"], max(min(head["due_at"] - now(), RETRY_AFTER_MAX_SECONDS), head["send_at"] - now(), 0)) for head in heads]
 
 
 def find_head(db, bot_id, chat_id):
@@ -560,7 +582,9 @@ def settle_sent(db, delivery, telegram_message_id):
             INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
             SELECT ?, ?, ?, id FROM messages WHERE id = ? AND sender_id <> recipient_id
             """, (delivery["bot_id"], delivery["chat_id"], telegram_message_id, delivery["message_id"]))
-    if delivery["is_last"]:  # an earlier part may have been given up: then the copy has failed, and stays so
+    if not delivery["is_last"]:  # nothing comes between the parts of a text
+        db.execute("UPDATE outbox SET send_at = -1 WHERE id = ? + 1", (delivery["id"],))
+    else:  # an earlier part may have been given up: then the copy has failed, and stays so
         db.execute("UPDATE messages SET delivery = 'sent' WHERE id = ? AND delivery = 'queued'", (delivery["message_id"],))
 
 
@@ -615,6 +639,8 @@ hashing = threading.BoundedSemaphore(HASHES_AT_ONCE)  # each takes 32 MiB: a bur
 
 
 def scrypt(password, salt, n, r, p):
+    if may_not_wait():
+        raise MustHash
     with hashing:
         return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * 128 * n * r, dklen=32)
 
@@ -772,10 +798,12 @@ class Turns:
         self.open(None, ())
 
     def open(self, bot_id, queues):
-        """Start with what the outbox holds for this bot: (chat id, due at) pairs."""
+        """Start with what the outbox holds for this bot: (chat id, seconds until it is due) pairs. Without a bot, end."""
         with self.changed:
-            self.bot_id, self.due, self.busy = bot_id, dict(queues), set()
+            self.bot_id, self.busy = bot_id, set()
+            self.due = {chat_id: ticks() + pause for chat_id, pause in queues}
             self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
+            self.suspects = set()  # chats whose last send failed: they may hang again
             self.sent_at = deque(maxlen=SENDS_PER_SECOND)
             self.changed.notify_all()
 
@@ -783,48 +811,57 @@ class Turns:
         """Something was queued for the chat. One that waits out a pause goes on waiting."""
         with self.changed:
             if bot_id == self.bot_id and chat_id not in self.pauses:
-                self.due[chat_id] = min(self.due.get(chat_id, now()), now())
+                self.due[chat_id] = min(self.due.get(chat_id, ticks()), ticks())
                 self.changed.notify()
+
+    def is_busy(self, bot_id, chat_id):
+        """Whether something is being sent to the chat."""
+        with self.changed:
+            return bot_id == self.bot_id and chat_id in self.busy
 
     def take(self, wait_seconds=0):
         """The chat that has been due the longest, or None when none is due in time. It must be given back."""
         patience_ends = time.monotonic() + wait_seconds
         with self.changed:
             while True:
-                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy),
+                # Chats that may hang get half of the senders at most.
+                barred = self.suspects if len(self.busy & self.suspects) >= SENDERS // 2 else ()
+                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy and chat not in barred),
                                       default=(float("inf"), None))
                 for sends in (SENDS_BURST, SENDS_PER_SECOND):
                     if len(self.sent_at) >= sends:
                         due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
-                if due_at <= now():
+                if due_at <= ticks():
                     del self.due[chat_id]
                     self.busy.add(chat_id)
                     self.pauses.pop(chat_id, None)
-                    self.sent_at.append(now())
+                    self.sent_at.append(ticks())
                     return chat_id
-                pause = min(due_at - now(), patience_ends - time.monotonic())
-                if pause <= 0:
+                pause = min(due_at - ticks(), patience_ends - time.monotonic())
+                if pause <= 0 or self.bot_id is None:  # closed
                     return None
                 self.changed.wait(pause)
 
-    def give_back(self, chat_id, due_at=None, is_told=None):
-        """The sender is done with the chat, which is due again at `due_at`; None: when something is queued for it.
+    def give_back(self, chat_id, pause=None, is_told=None):
+        """The sender is done with the chat, which is due again in `pause` seconds; None: when something is queued for it.
 
-        `is_told` after a failure: whether the pause until then is Telegram's wish.
+        `is_told` after a failure: whether the pause is Telegram's wish.
         """
         with self.changed:
             self.busy.discard(chat_id)
+            self.suspects.discard(chat_id)
             if is_told is not None:
-                self.due[chat_id], self.pauses[chat_id] = due_at, is_told
-            elif due_at is not None:
-                self.due[chat_id] = min(due_at, self.due.get(chat_id, due_at))
+                self.due[chat_id], self.pauses[chat_id] = ticks() + pause, is_told
+                self.suspects |= set() if is_told else {chat_id}
+            elif pause is not None:
+                self.due[chat_id] = min(ticks() + pause, self.due.get(chat_id, float("inf")))
             self.changed.notify()
 
     def hurry(self):
         """Telegram is back: what waited for that is due now. Chats that Telegram told to wait do."""
         with self.changed:
             for chat_id in [chat_id for chat_id, is_told in self.pauses.items() if not is_told]:
-                self.due[chat_id] = now()
+                self.due[chat_id] = ticks()
                 del self.pauses[chat_id]
             self.changed.notify_all()
 
@@ -849,7 +886,7 @@ def settle(change, *args):
 
 
 def deliver(home, delivery):
-    """Send one delivery and settle it. None when that is done, else when to try again, and whether that is Telegram's wish."""
+    """Send one delivery and settle it. None when that is done, else (seconds until the next try, whether that is Telegram's wish)."""
     try:
         telegram_message_id = home.send(delivery["chat_id"], delivery["text"], bool(delivery["silent"]))
     except ChatGone as error:
@@ -862,7 +899,7 @@ def deliver(home, delivery):
         pause = error.retry_after if is_told else backoff(delivery["attempts"], BACKOFF_MAX_SECONDS)
         log.warning("delivery %s to chat %s failed (%s): again in %.1f s", delivery["id"], delivery["chat_id"], error, pause)
         settle(settle_later, delivery, now() + pause, str(error))
-        return now() + pause, is_told
+        return pause, is_told
     else:
         settle(settle_sent, delivery, telegram_message_id)
 
@@ -872,12 +909,12 @@ def deliver_next(home, wait_seconds=0):
     chat_id = turns.take(wait_seconds)
     if chat_id is None:
         return False
-    again = now() + 1, False  # should anything below fail
+    again = 1, False  # should anything below fail
     try:
         head = find_head(connection(), home.id, chat_id)
         again = deliver(home, head) if head and head["send_at"] <= now() else None
         if again is None and (head := find_head(connection(), home.id, chat_id)):
-            again = max(now(), head["send_at"]), None
+            again = max(0, head["send_at"] - now()), None
     finally:
         turns.give_back(chat_id, *again or ())
     return True
@@ -1044,7 +1081,8 @@ class Telegram:
             parameters = error.result_json.get("parameters")
             retry_after = parameters.get("retry_after") if isinstance(parameters, dict) else None
             is_number = isinstance(retry_after, (int, float)) and 0 <= retry_after
-            problem = error.error_code, str(error.description), min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None
+            description = str(error.description).encode("utf-8", "replace").decode()  # SQLite takes no lone surrogates
+            problem = error.error_code, description, min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None
         except apihelper.ApiHTTPException as error:
             problem = None, f"Telegram answered {error.result.status_code} without JSON"
         except (apihelper.ApiInvalidJSONException, LookupError, TypeError, AttributeError) as error:
@@ -1063,7 +1101,8 @@ class Telegram:
             if error.code == 400:
                 raise GiveUp(str(error)) from None
             raise TryLater(str(error), error.retry_after) from None
-        return sent.get("message_id") if isinstance(sent, dict) else None
+        message_id = sent.get("message_id") if isinstance(sent, dict) else None
+        return message_id if isinstance(message_id, int) and 0 < message_id <= MAX_ID else None
 
     def introduce(self):
         """Learn the bot's name, for the operator and for t.me links."""
@@ -1083,7 +1122,7 @@ class Telegram:
     def poll(self):
         """Receive one batch of updates, waiting for it up to LONG_POLL_SECONDS, or not long when it may fail again.
 
-        False when nothing came, and that at once.
+        False when nothing came, or nothing that moved the offset, and that at once.
         """
         started_at = time.monotonic()
         bot = find_bot(connection(), self.id)
@@ -1093,7 +1132,7 @@ class Telegram:
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
             receive_or_skip(self.id, update)
-        return bool(updates) or time.monotonic() - started_at > 1
+        return find_bot(connection(), self.id)["next_update_id"] != bot["next_update_id"] or time.monotonic() - started_at > 1
 
     def explain(self, error):
         """Tell the operator what a failed poll means."""
@@ -1125,7 +1164,7 @@ class Telegram:
                 if isinstance(error, TelegramError):
                     self.explain(error)
                     step = self.delete_webhook if is_webhook(error) else step
-                    pause = pause if error.retry_after is None else error.retry_after
+                    pause = pause if error.retry_after is None else max(error.retry_after, 1)
                 else:
                     log.exception("polling round failed")
             stop.wait(pause)
@@ -1253,7 +1292,8 @@ def answer_wrong_method(error):
         route, _ = app.match({**request.environ, "REQUEST_METHOD": allowed[0]})
         try:
             getattr(route.callback, "check_sign_in", lambda: None)()
-        except HTTPError as refusal:
+        except (HTTPError, sqlite3.Error) as error:
+            refusal = error if isinstance(error, HTTPError) else HTTPError(503)
             refusal.apply(response)
             return answer_error(refusal)
     response.status = 204 if request.method == "OPTIONS" else 405
@@ -1663,7 +1703,8 @@ def check_password(user_id, username, password, password_hash):
 def log_in(username, password):
     """Exchange name and password for a refresh and an access token."""
     user = find_user_by_name(connection(), username)
-    if not check_password(user and user["id"], username, password, user["password"] if user else nobodys_hash()):
+    is_right = check_password(user and user["id"], username, password, user["password"] if user else nobodys_hash())
+    if not is_right or find_password(connection(), user["id"]) != user["password"]:  # it may have been changed meanwhile
         raise HTTPError(401, {"detail": "No active account found with the given credentials"})
     return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
 
@@ -1732,6 +1773,8 @@ def get_telegram_token(user):
 @answers(204, None)
 def unlink_telegram(user):
     """Unlink the account's chat, for a lost phone: what is queued for it is given up."""
+    if may_not_wait():
+        raise MustWait  # that may be much
     with transaction() as db:
         if chat := find_chat(db, user["id"]):
             unlink_chat(db, *chat, "the user unlinked the chat")
@@ -1743,12 +1786,14 @@ def unlink_telegram(user):
 @answers(204, None, 429)
 def change_password(user, current_password, new_password):
     """Change the password, which ends every token issued before."""
-    if not check_password(user["id"], user["username"], current_password, find_password(connection(), user["id"])):
+    old_hash = find_password(connection(), user["id"])
+    if not check_password(user["id"], user["username"], current_password, old_hash):
         log.warning("refused set-password from %s: wrong password", client_address())
         raise HTTPError(400, {"current_password": ["Invalid password."]})
-    password_hash = hash_password(new_password)
+    new_hash = hash_password(new_password)
     with transaction() as db:
-        set_password(db, user["id"], password_hash)
+        if not set_password(db, user["id"], old_hash, new_hash):
+            raise HTTPError(401, PASSWORD_CHANGED)
 
 
 @app.get("/api/users/me/")
@@ -1873,10 +1918,10 @@ class JsonErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        detail = PUBLIC_DETAILS[error.code] if error.code in (413, 500) else f"{error.reason}: {error.body}"
+        detail = PUBLIC_DETAILS[error.code] if error.code in (413, 500, 503) else f"{error.reason}: {error.body}"
         body = to_json({"detail": detail})
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.extend(JSON_HEADERS)
+        self.response_headers.extend([*JSON_HEADERS, *([("Retry-After", "5")] if error.code == 503 else [])])
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -1919,7 +1964,7 @@ class Channel(HTTPChannel):
             return
         self.outbufs, self.total_outbufs_len = [OverflowableBuffer(self.adj.outbuf_overflow)], 0
         request = TimedRequest(self.adj)
-        request.error = NotStored
+        request.error, request.version = NotStored, "1.1"
         JsonErrorTask(self, request).service()
         self.close_when_flushed = True
 
@@ -1930,9 +1975,9 @@ class Channel(HTTPChannel):
         if self.request is None and not self.requests:
             self.last_activity = last_activity
 
-    def _flush_outbufs_below_high_watermark(self):
-        if not may_not_wait():  # what it would wait for is this very thread
-            super()._flush_outbufs_below_high_watermark()
+    def _flush_some(self, do_close=True):
+        """Send what waits to be sent; nothing leaves while the round that answers it is not on disk."""
+        return not (may_not_wait() and connection().is_grouping) and super()._flush_some(do_close)
 
     def is_too_slow(self, at, is_crowded):
         """Whether it has held on to its connection too long. waitress itself counts only the time between two bytes."""
@@ -1952,8 +1997,6 @@ class Lanes:
     """waitress's dispatcher: most requests are served where they are read, on waitress's own thread, since handing one to
     another thread costs more than serving it. What would hold that thread up goes to threads that may wait."""
 
-    HASHING = ("/auth/token", "/api/users/register", "/api/users/set-password")
-
     def __init__(self):
         self.quick = deque()
         self.patient, self.hashing = ThreadedTaskDispatcher(), ThreadedTaskDispatcher()
@@ -1962,9 +2005,7 @@ class Lanes:
 
     def add_task(self, channel):
         """Choose the lane of a channel's next request. The caller holds the channel's lock: it is not served in here."""
-        if getattr(channel.requests[0], "path", "").rstrip("/") in self.HASHING:
-            self.hashing.add_task(channel)
-        elif may_not_wait():
+        if may_not_wait():
             self.quick.append(channel)
         else:
             self.patient.add_task(channel)
@@ -1981,10 +2022,10 @@ class Lanes:
             transactions, body = db.transactions, channel.requests[0].get_body_stream()
             try:
                 channel.service()
-            except MustWait:
+            except MustWait as reason:
                 local.patience = 0  # once a round
                 body.seek(0)
-                self.patient.add_task(channel)
+                (self.hashing if isinstance(reason, MustHash) else self.patient).add_task(channel)
             if db.transactions > transactions:
                 wrote.append(channel)
         db.is_grouping = False
@@ -2030,7 +2071,7 @@ def make_server(sock):
     application = log_requests(app) if log.isEnabledFor(logging.INFO) else app
     server = waitress.create_server(
         application, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
-        cleanup_interval=1, send_bytes=MAX_UNSENT_BYTES, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
+        cleanup_interval=1, channel_timeout=60, outbuf_high_watermark=MAX_UNTAKEN_BYTES, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
         max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
 
     def close_slow_channels(at):
@@ -2408,8 +2449,9 @@ def read_arguments(argv):
     except ValueError:
         raise BadSetting(f"The trusted proxy has to be an IP address, not {arguments.trusted_proxy!r}: change --trusted-proxy or "
                          "FACTORYAPP_TRUSTED_PROXY.") from None
-    if not arguments.db:
-        raise BadSetting("The database has no name: give --db or FACTORYAPP_DB a file.")
+    for name in ("host", "db"):
+        if not getattr(arguments, name):
+            raise BadSetting(f"The {name} is empty: give --{name} or FACTORYAPP_{name.upper()} a value, or leave it out.")
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
         raise BadSetting(f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port or FACTORYAPP_PORT.")
     return arguments
@@ -2420,11 +2462,15 @@ def choose_home():
     token = os.environ.get("TELEGRAM_BOT_TOKEN", "").strip()
     if not token:
         return Terminal()
-    if not re.fullmatch("[0-9]{1,18}:[A-Za-z0-9_-]+", token):
+    if not re.fullmatch("[1-9][0-9]{0,17}:[A-Za-z0-9_-]+", token):
         raise BadSetting("TELEGRAM_BOT_TOKEN is malformed: copy it whole from @BotFather, it looks like 123456789:AAE3xyz.")
     api_url = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
-    parts = urllib.parse.urlsplit(api_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(api_url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # .port raises when it is no port
+    except ValueError:
+        is_good = False
+    if not is_good:
         raise BadSetting("TELEGRAM_API_URL is malformed: it looks like https://api.telegram.org.")
     return Telegram(token, api_url)
 
@@ -2448,7 +2494,7 @@ def listen(host, port):
     """A listening socket. Raises BadSetting when the address cannot be had."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]
         raise BadSetting(f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port, or end what uses "
                          "it.") from None
@@ -2469,7 +2515,7 @@ def main(argv=None):
         logging.getLogger().setLevel(arguments.log_level.upper())
         settings.db = str(Path(arguments.db).resolve())
         settings.trusted_proxy = arguments.trusted_proxy
-        settings.secret = os.environ.get("FACTORYAPP_SECRET", "").encode() or None
+        settings.secret = os.fsencode(os.environ.get("FACTORYAPP_SECRET", "")) or None
         if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
             raise BadSetting(f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave it out.")
         home = choose_home()
@@ -2508,7 +2554,11 @@ def main(argv=None):
     ends_at = time.monotonic() + STOP_SECONDS / 2
     for sender in senders:  # not the polling thread, which may sleep in its call: what it has not received yet comes again
         sender.join(max(0, ends_at - time.monotonic()))
-    connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    try:
+        connection().execute("PRAGMA busy_timeout = 200")
+        connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as error:
+        log.warning("the write-ahead log was left as it is: %s", error)  # the next start reads it
     lock.close()
     return 0
 

@@ -95,6 +95,8 @@ class BotApi:
                 if isinstance(failure, (int, float)):  # hang so many seconds, then close without a word
                     time.sleep(failure)
                     self.close_connection = True
+                elif isinstance(failure, dict) and failure.get("ok"):
+                    self.answer(failure)
                 elif isinstance(failure, (bytes, list)):
                     self.answer(failure, 200 if isinstance(failure, list) else 502)
                 else:
@@ -229,13 +231,29 @@ def http(tmp_path, monkeypatch):
 def clock(monkeypatch):
     """The time, which moves only when told to."""
     class Clock:
-        seconds = 1_800_000_000.0
+        seconds = ticks = 1_800_000_000.0
 
         def move(self, seconds):
             self.seconds += seconds
+            self.ticks += max(seconds, 0)
     clock = Clock()
     monkeypatch.setattr(factoryapp, "now", lambda: clock.seconds)
+    monkeypatch.setattr(factoryapp, "ticks", lambda: clock.ticks)
     return clock
+
+
+@pytest.fixture
+def served(http):
+    """The app on its real server, in a thread of the test: (host, port)."""
+    sock, stop = factoryapp.listen("127.0.0.1", 0), threading.Event()
+    server = factoryapp.make_server(sock)
+    thread = threading.Thread(target=factoryapp.serve, args=(server, stop), name="serving")
+    thread.start()
+    yield sock.getsockname()
+    stop.set()
+    server.trigger.pull_trigger()
+    thread.join()
+    sock.close()
 
 
 @pytest.fixture
@@ -650,6 +668,12 @@ def test_wrong_method_and_unknown_url_answer_json(http):
     assert http.get("/api/nothing/", status=404).body == b'{"detail":"Not found."}'
 
 
+def test_wrong_method_while_the_database_fails_answers_json(http, monkeypatch):
+    headers = join(http, "alice")
+    monkeypatch.setattr(factoryapp.settings, "db", "/nonexistent/factoryapp.db")
+    assert "Nothing was stored" in http.put("/api/messages/", headers=headers, status=503).json["detail"]
+
+
 def test_path_without_its_slash_is_served(http):
     assert http.post_json("/api/users/register", {"username": "alice", "password": PASSWORD}, status=201).json["id"] == 1
     assert http.get("/api/users", headers=log_in(http, "alice")).json == [{"id": 1, "username": "alice"}]
@@ -967,6 +991,30 @@ def test_new_password_ends_every_token_issued_before(http, clock):
     http.get("/api/users/me/", headers=log_in(http, "alice", "An0ther-pass"))  # within the same second
 
 
+def test_password_change_is_not_overtaken_by_another(http, monkeypatch):
+    headers, real = join(http, "alice"), factoryapp.hash_password
+
+    def change_meanwhile(password):
+        monkeypatch.setattr(factoryapp, "hash_password", real)
+        http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "The-f1rst-one"}, headers=headers)
+        return real(password)
+    monkeypatch.setattr(factoryapp, "hash_password", change_meanwhile)
+    http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "The-sec0nd-one"}, headers=headers,
+                   status=401)
+    log_in(http, "alice", "The-f1rst-one")
+
+
+def test_login_is_overtaken_by_a_password_change(http, monkeypatch):
+    headers, real = join(http, "alice"), factoryapp.password_matches
+
+    def change_meanwhile(*args):
+        monkeypatch.setattr(factoryapp, "password_matches", real)
+        http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "An0ther-pass"}, headers=headers)
+        return real(*args)
+    monkeypatch.setattr(factoryapp, "password_matches", change_meanwhile)
+    http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}, status=401)
+
+
 def test_guessing_the_current_password_is_throttled_too(http):
     headers = join(http, "alice")
     for status in [400] * 10 + [429]:
@@ -1245,6 +1293,16 @@ def test_what_waits_for_an_account_moves_with_it_to_its_new_chat(http, telegram,
     assert list_messages(http, headers)[0]["delivery"] == "sent"
 
 
+def test_what_is_in_flight_is_not_sent_again_to_the_new_chat(http, telegram, bot_api, linked):
+    post(http, linked, "one")
+    post(http, linked, "two")
+    assert factoryapp.turns.take() == 7  # a sender is at it
+    link_chat(http, telegram, bot_api, linked, 9)
+    factoryapp.turns.give_back(7, 0)
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one"] and bot_api.texts(9)[0].endswith("two")
+
+
 def test_what_waits_for_the_earlier_account_of_a_chat_is_given_up(http, telegram, bot_api, clock, linked):
     alice, bob = log_in(http, "alice"), join(http, "bob")
     post(http, alice, "not for bob", send_at=factoryapp.iso(clock.seconds + 60))
@@ -1380,6 +1438,56 @@ def test_when_telegram_comes_back_its_absence_is_not_waited_out(http, telegram, 
     factoryapp.turns.hurry()
     deliver_all(telegram)
     assert len(bot_api.texts(7)) == 1
+
+
+@pytest.mark.parametrize("message_id", ["x", [1], 1.5, 2**70, None, True, -1])
+def test_odd_answer_to_a_send_counts_as_sent_once(http, telegram, bot_api, linked, message_id):
+    bob = join(http, "bob")
+    bot_api.sendMessage, real = (lambda p: {**real(p), "message_id": message_id}), bot_api.sendMessage
+    post(http, bob, "one", recipient="alice")
+    deliver_all(telegram)
+    assert len(bot_api.sent) == 1 and list_messages(http, bob)[0]["delivery"] == "sent"
+
+
+def test_odd_description_is_kept_as_the_reason(http, telegram, bot_api, linked):
+    bot_api.failures[7].append({"error_code": 400, "description": "Bad \ud800"})
+    post(http, linked, "one")
+    deliver_all(telegram)
+    assert list_messages(http, linked)[0]["delivery"] == "failed"
+
+
+def test_updates_that_make_no_sense_are_not_asked_for_at_once_again(http, telegram, bot_api):
+    bot_api.failures["getUpdates"].append({"ok": True, "result": [None, {}, 5, {"update_id": "x"}]})
+    assert telegram.poll() is False
+
+
+def test_clock_set_back_holds_up_nothing(http, telegram, bot_api, clock, linked):
+    headers = log_in(http, "alice")
+    post(http, headers, "one")
+    deliver_all(telegram)
+    clock.move(-3600)
+    post(http, log_in(http, "alice"), "two")
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
+
+
+def test_chats_that_may_hang_do_not_get_all_senders(http, telegram):
+    half = factoryapp.SENDERS // 2
+    for chat_id in range(1, factoryapp.SENDERS + 1):
+        factoryapp.turns.give_back(chat_id, 0, is_told=False)  # a send to each has failed
+    assert len([factoryapp.turns.take() for _ in range(half)]) == half and factoryapp.turns.take() is None
+    factoryapp.turns.wake(telegram.id, 99)
+    assert factoryapp.turns.take() == 99
+
+
+def test_nothing_comes_between_the_parts_of_a_text(http, telegram, bot_api, clock, linked):
+    headers = log_in(http, "alice")
+    post(http, headers, "длинно " * 1500, send_at=factoryapp.iso(clock.seconds + 60))
+    clock.move(61)
+    factoryapp.deliver_next(telegram)
+    post(http, headers, "кратко")
+    deliver_all(telegram)
+    assert [text.split()[-1] for text in bot_api.texts(7)] == ["длинно"] * 3 + ["кратко"]
 
 
 @pytest.mark.parametrize("failure", [BLOCKED, CHAT_NOT_FOUND])
@@ -1641,12 +1749,15 @@ def run_program(*arguments, **env):
 
 @pytest.mark.parametrize("arguments, env, hint", [
     ([], {"TELEGRAM_BOT_TOKEN": "nonsense"}, "@BotFather"),
-    ([], {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": "telegram"}, "TELEGRAM_API_URL"),
+    ([], {"TELEGRAM_BOT_TOKEN": "0:terminal"}, "@BotFather"),
+    *[([], {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": url}, "TELEGRAM_API_URL")
+      for url in ("telegram", "http://[::1", "http://h:99999", "ftp://h")],
     ([], {"FACTORYAPP_SECRET": "short"}, "at least 32 bytes"),
     ([], {"FACTORYAPP_PORT": "eighty"}, "--port"), (["--port", "99999"], {}, "--port"), (["--prot", "1"], {}, "--help"),
     (["--host", "256.1.1.1"], {}, "--host"), (["--port", "TAKEN"], {}, "--port"),
     (["--db", "/nonexistent/factoryapp.db"], {}, "--db"), (["--db", "FOLDER"], {}, "--db"), (["--db", "NEWER"], {}, "newer"),
     (["--db", "TEXT"], {}, "--db"), (["--db", "OTHER"], {}, "another program's"), (["--db", ""], {}, "--db"),
+    (["--db", "/dev/null"], {}, "--db"), (["--host", ""], {}, "--host"),
     (["--trusted-proxy", "nginx"], {}, "--trusted-proxy"), (["--log-level", "loud"], {}, "--log-level"),
 ])
 def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
@@ -1870,7 +1981,8 @@ def test_write_ahead_log_stays_short_for_an_hour(start):
 def test_fifty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
     program = start()
     headers = join_program(program, "alice")
-    logins = [threading.Thread(target=log_in_program, args=(program, "alice")) for _ in range(50)]
+    done = []
+    logins = [threading.Thread(target=lambda: done.append(log_in_program(program, "alice"))) for _ in range(50)]
     for login in logins:
         login.start()
     slowest = most = 0
@@ -1882,12 +1994,12 @@ def test_fifty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
         if status.exists():
             most = max(most, int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) / 1024)
         time.sleep(0.05)
-    assert slowest < 1 and most < 200
+    assert slowest < 1 and most < 200 and len(done) == 50
 
 
 def talk(program, *pieces, seconds=3):
     """Send raw bytes, return all that is answered until the connection is closed (then it ends with EOF) or time is up."""
-    host, port = program.url.removeprefix("http://").split(":")
+    host, port = program if isinstance(program, tuple) else program.url.removeprefix("http://").split(":")
     answer = b""
     with socket.create_connection((host, int(port)), timeout=seconds) as sock:
         for piece in pieces:
@@ -1941,6 +2053,82 @@ def test_pipelined_requests_are_answered_in_order(start):
     answer = talk(program, b"".join([post % 1, get, post % 2, get, last]))
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"201", b"200", b"201", b"200", b"404"] and answer.endswith(b"EOF")
     assert [m["text"] for m in use(program.url, "/api/messages/", headers=headers)] == ["1", "2"]
+
+
+def raw_post(headers, more=b""):
+    """A POST of a message as raw bytes."""
+    lines = f"POST /api/messages/ HTTP/1.1\r\nContent-Type: {JSON}\r\nAuthorization: {headers['Authorization']}\r\n".encode()
+    return lines + more + b'Content-Length: 14\r\n\r\n{"text":"one"}'
+
+
+@pytest.mark.parametrize("after", [b"", b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+def test_no_answer_leaves_before_what_it_acknowledges_is_stored(http, served, monkeypatch, after):
+    headers, real = join(http, "alice"), factoryapp.commit
+
+    def fail_on_the_serving_thread(db):
+        if factoryapp.may_not_wait():
+            time.sleep(0.1)
+            db.is_lost = True
+        return real(db)
+    monkeypatch.setattr(factoryapp, "commit", fail_on_the_serving_thread)
+    answer = talk(served, raw_post(headers) + after, seconds=1)
+    assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 5" in answer and b"201" not in answer
+    assert list_messages(http, headers) == []
+
+
+def test_client_that_leaves_before_a_failed_commit_is_answered_ends_nothing(http, served, monkeypatch):
+    headers, real = join(http, "alice"), factoryapp.commit
+
+    def fail_on_the_serving_thread(db):
+        db.is_lost = factoryapp.may_not_wait()
+        return real(db)
+    monkeypatch.setattr(factoryapp, "commit", fail_on_the_serving_thread)
+    for _ in range(20):
+        with socket.create_connection(served) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.sendall(raw_post(headers))
+    assert talk(served, b"GET /x HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 404")
+
+
+@pytest.mark.parametrize("path", ["/auth/token/", "//auth/token/", "/auth/token%FF/", "/auth/token"])
+def test_passwords_are_never_hashed_on_the_serving_thread(http, served, monkeypatch, path):
+    register(http, "alice")
+    threads, real = [], factoryapp.hashlib.scrypt
+    monkeypatch.setattr(factoryapp.hashlib, "scrypt", lambda *a, **k: threads.append(threading.current_thread().name) or real(*a, **k))
+    body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    answer = talk(served, f"POST {path} HTTP/1.0\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert answer.startswith(b"HTTP/1.0 200") and len(threads) == 1 and threads[0] != "serving"
+
+
+def test_stop_does_not_wait_for_foreign_writers(start, tmp_path):
+    program = start()
+    join_program(program, "alice")
+    timer = hold_write_lock(tmp_path / "factoryapp.db", 3)
+    assert program.end() == (0, pytest.approx(0, abs=2))
+    timer.join()
+
+
+def test_list_of_who_reads_slowly_holds_up_nobody(start, tmp_path):
+    program = start()
+    headers = join_program(program, "alice")
+    db = sqlite3.connect(tmp_path / "factoryapp.db")
+    db.execute("""WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 3000)
+        INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
+        SELECT 1, 1, printf('%.16000c', 'x'), '2026-11-23T18:08:27Z', 'api', 'unlinked' FROM n""")
+    db.commit()
+    db.close()
+    host, port = program.url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port))) for _ in range(2 * factoryapp.PATIENT_THREADS)]
+    for sock in slow:
+        sock.sendall(f"GET /api/messages/ HTTP/1.1\r\nAuthorization: {headers['Authorization']}\r\n\r\n".encode())
+        assert sock.recv(100)
+    started_at = time.monotonic()
+    use(program.url, "/health/")
+    assert time.monotonic() - started_at < 5
+    most = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{program.process.pid}/status").read_text())[1]) / 1024
+    assert most < 300
+    for sock in slow:
+        sock.close()
 
 
 def test_clients_that_trickle_do_not_keep_others_out(start):
