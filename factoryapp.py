@@ -104,7 +104,7 @@ REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
 PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
-MAX_UNTAKEN_BYTES = 1024**3  # of answers, in a temporary file, before a thread waits for its client to take them
+MAX_UNTAKEN_BYTES = 1024**3  # of answers that a client has yet to take, before a thread waits for it
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 log = logging.getLogger("factoryapp")
@@ -1979,6 +1979,11 @@ class Channel(HTTPChannel):
         """Send what waits to be sent; nothing leaves while the round that answers it is not on disk."""
         return not (may_not_wait() and connection().is_grouping) and super()._flush_some(do_close)
 
+    def _flush_outbufs_below_high_watermark(self):
+        """Let no thread wait for a client that takes its answer slowly: what it has not taken is kept in a temporary file."""
+        if self.total_outbufs_len > MAX_UNTAKEN_BYTES and not may_not_wait():
+            super()._flush_outbufs_below_high_watermark()
+
     def is_too_slow(self, at, is_crowded):
         """Whether it has held on to its connection too long. waitress itself counts only the time between two bytes."""
         seconds = REQUEST_SECONDS_CROWDED if is_crowded else REQUEST_SECONDS
@@ -2071,7 +2076,7 @@ def make_server(sock):
     application = log_requests(app) if log.isEnabledFor(logging.INFO) else app
     server = waitress.create_server(
         application, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
-        cleanup_interval=1, channel_timeout=60, outbuf_high_watermark=MAX_UNTAKEN_BYTES, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
+        cleanup_interval=1, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
         max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
 
     def close_slow_channels(at):
