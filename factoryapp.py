@@ -162,6 +162,92 @@ def split_text(text, limit=TELEGRAM_MAX_TEXT):
     return [part for part in (*parts, text) if part.strip()]
 
 
+# --- Turns ------------------------------------------------------------------------------------------------------------
+# Who sends to which chat when. The Store wakes it after each commit, the Outbox's senders take turns.
+
+
+class Turns:
+    """Which chats have something queued, when each is due, and which are being sent to: one sender a chat, the pace of all.
+
+    Kept in memory alone, since one process owns the database: what was in flight when it died is due again at the next start.
+    """
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.open(None, ())
+
+    def open(self, bot_id, queues):
+        """Start with what the outbox holds for this bot: (chat id, seconds until it is due) pairs. Without a bot, end."""
+        with self.changed:
+            self.bot_id, self.busy = bot_id, set()
+            self.due = {chat_id: ticks() + pause for chat_id, pause in queues}
+            self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
+            self.suspects = set()  # chats whose last send failed: they may hang again
+            self.sent_at = deque(maxlen=SENDS_PER_SECOND)
+            self.changed.notify_all()
+
+    def wake(self, bot_id, chat_id):
+        """Something was queued for the chat. One that waits out a pause goes on waiting."""
+        with self.changed:
+            if bot_id == self.bot_id and chat_id not in self.pauses:
+                self.due[chat_id] = min(self.due.get(chat_id, ticks()), ticks())
+                self.changed.notify()
+
+    def is_busy(self, bot_id, chat_id):
+        """Whether something is being sent to the chat."""
+        with self.changed:
+            return bot_id == self.bot_id and chat_id in self.busy
+
+    def take(self, wait_seconds=0):
+        """The chat that has been due the longest, or None when none is due in time. It must be given back."""
+        patience_ends = time.monotonic() + wait_seconds
+        with self.changed:
+            while True:
+                # Chats that may hang get half of the senders at most.
+                barred = self.suspects if len(self.busy & self.suspects) >= SENDERS // 2 else ()
+                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy and chat not in barred),
+                                      default=(float("inf"), None))
+                for sends in (SENDS_BURST, SENDS_PER_SECOND):
+                    if len(self.sent_at) >= sends:
+                        due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
+                if due_at <= ticks():
+                    del self.due[chat_id]
+                    self.busy.add(chat_id)
+                    self.pauses.pop(chat_id, None)
+                    self.sent_at.append(ticks())
+                    return chat_id
+                pause = min(due_at - ticks(), patience_ends - time.monotonic())
+                if pause <= 0 or self.bot_id is None:  # closed
+                    return None
+                self.changed.wait(pause)
+
+    def give_back(self, chat_id, pause=None, is_told=None):
+        """The sender is done with the chat, which is due again in `pause` seconds; None: when something is queued for it.
+
+        `is_told` after a failure: whether the pause is Telegram's wish.
+        """
+        with self.changed:
+            self.busy.discard(chat_id)
+            self.suspects.discard(chat_id)
+            if is_told is not None:
+                self.due[chat_id], self.pauses[chat_id] = ticks() + pause, is_told
+                self.suspects |= set() if is_told else {chat_id}
+            elif pause is not None:
+                self.due[chat_id] = min(ticks() + pause, self.due.get(chat_id, float("inf")))
+            self.changed.notify()
+
+    def hurry(self):
+        """Telegram is back: what waited for that is due now. Chats that Telegram told to wait do."""
+        with self.changed:
+            for chat_id in [chat_id for chat_id, is_told in self.pauses.items() if not is_told]:
+                self.due[chat_id] = ticks()
+                del self.pauses[chat_id]
+            self.changed.notify_all()
+
+
+turns = Turns()
+
+
 # --- Store ------------------------------------------------------------------------------------------------------------
 # One connection a thread. Functions take `db` first, so that the caller's `with transaction() as db:` shows what is atomic.
 
@@ -787,88 +873,6 @@ class ChatGone(GiveUp):
     """Nothing can be sent to this chat any more."""
 
 
-class Turns:
-    """Which chats have something queued, when each is due, and which are being sent to: one sender a chat, the pace of all.
-
-    Kept in memory alone, since one process owns the database: what was in flight when it died is due again at the next start.
-    """
-
-    def __init__(self):
-        self.changed = threading.Condition()
-        self.open(None, ())
-
-    def open(self, bot_id, queues):
-        """Start with what the outbox holds for this bot: (chat id, seconds until it is due) pairs. Without a bot, end."""
-        with self.changed:
-            self.bot_id, self.busy = bot_id, set()
-            self.due = {chat_id: ticks() + pause for chat_id, pause in queues}
-            self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
-            self.suspects = set()  # chats whose last send failed: they may hang again
-            self.sent_at = deque(maxlen=SENDS_PER_SECOND)
-            self.changed.notify_all()
-
-    def wake(self, bot_id, chat_id):
-        """Something was queued for the chat. One that waits out a pause goes on waiting."""
-        with self.changed:
-            if bot_id == self.bot_id and chat_id not in self.pauses:
-                self.due[chat_id] = min(self.due.get(chat_id, ticks()), ticks())
-                self.changed.notify()
-
-    def is_busy(self, bot_id, chat_id):
-        """Whether something is being sent to the chat."""
-        with self.changed:
-            return bot_id == self.bot_id and chat_id in self.busy
-
-    def take(self, wait_seconds=0):
-        """The chat that has been due the longest, or None when none is due in time. It must be given back."""
-        patience_ends = time.monotonic() + wait_seconds
-        with self.changed:
-            while True:
-                # Chats that may hang get half of the senders at most.
-                barred = self.suspects if len(self.busy & self.suspects) >= SENDERS // 2 else ()
-                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy and chat not in barred),
-                                      default=(float("inf"), None))
-                for sends in (SENDS_BURST, SENDS_PER_SECOND):
-                    if len(self.sent_at) >= sends:
-                        due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
-                if due_at <= ticks():
-                    del self.due[chat_id]
-                    self.busy.add(chat_id)
-                    self.pauses.pop(chat_id, None)
-                    self.sent_at.append(ticks())
-                    return chat_id
-                pause = min(due_at - ticks(), patience_ends - time.monotonic())
-                if pause <= 0 or self.bot_id is None:  # closed
-                    return None
-                self.changed.wait(pause)
-
-    def give_back(self, chat_id, pause=None, is_told=None):
-        """The sender is done with the chat, which is due again in `pause` seconds; None: when something is queued for it.
-
-        `is_told` after a failure: whether the pause is Telegram's wish.
-        """
-        with self.changed:
-            self.busy.discard(chat_id)
-            self.suspects.discard(chat_id)
-            if is_told is not None:
-                self.due[chat_id], self.pauses[chat_id] = ticks() + pause, is_told
-                self.suspects |= set() if is_told else {chat_id}
-            elif pause is not None:
-                self.due[chat_id] = min(ticks() + pause, self.due.get(chat_id, float("inf")))
-            self.changed.notify()
-
-    def hurry(self):
-        """Telegram is back: what waited for that is due now. Chats that Telegram told to wait do."""
-        with self.changed:
-            for chat_id in [chat_id for chat_id, is_told in self.pauses.items() if not is_told]:
-                self.due[chat_id] = ticks()
-                del self.pauses[chat_id]
-            self.changed.notify_all()
-
-
-turns = Turns()
-
-
 def backoff(attempts, longest):
     """Seconds to wait after so many failed attempts: exponential, with jitter so that not all come back at once."""
     return min(longest, 2.0 ** min(attempts, 20)) * random.uniform(0.5, 1)
@@ -1210,6 +1214,321 @@ class Terminal:
                 stop.wait(1)
 
 
+# --- Page -------------------------------------------------------------------------------------------------------------
+# What GET / answers: one self-contained document. Its Content-Security-Policy lets its own style and script through, no others.
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>FactoryApp</title>
+<style>
+:root { color-scheme: light dark;
+    --page: #f4f6f7; --card: #fff; --ink: #1b2227; --quiet: #58646d; --line: #d8dfe3; --edge: #7d8993;
+    --accent: #0a665c; --on-accent: #fff; --mine: #e2f1ee; --good: #146c3c; --wait: #855400; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root {
+    --page: #12171a; --card: #1b2226; --ink: #e5eaed; --quiet: #9fabb4; --line: #303a41; --edge: #74818b;
+    --accent: #68cdbd; --on-accent: #06231f; --mine: #17362f; --good: #74d19b; --wait: #e6b866; --bad: #ff9389; } }
+* { box-sizing: border-box; margin: 0; }
+[hidden], p:empty, span:empty { display: none !important; }
+body { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+    font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
+header { justify-content: space-between; margin-bottom: .25rem; }
+.card, #link { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
+.card { margin-top: 1rem; padding: 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: .75rem; }
+.quiet, label, #requests p { font-size: .9rem; }
+.quiet, .about, #requests p, #messages:empty::before { color: var(--quiet); }
+.error::first-letter { text-transform: uppercase; }
+@media (hover: none) { .row .quiet { display: none; } }
+label { display: grid; gap: .25rem; font-weight: 600; }
+input, textarea, button, .button { font: inherit; padding: .5rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; }
+input, textarea { width: 100%; font-size: 1rem; font-weight: 400; background: var(--page); color: inherit; }
+textarea { min-height: 5rem; max-height: 50vh; resize: vertical; field-sizing: content; }
+a, button { color: var(--accent); }
+button, .button { background: none; font-weight: 600; text-decoration: none; cursor: pointer; }
+.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+button:disabled { opacity: .55; cursor: default; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code { display: block; padding-left: 2ch; text-indent: -2ch; color: var(--ink); font: .85rem/1.6 ui-monospace, monospace;
+    user-select: all; }
+#link code { padding: .5rem .75rem; text-indent: 0; border: 1px dashed var(--edge); border-radius: .5rem; }
+#messages { display: flex; flex-direction: column; gap: .5rem; padding: 0; max-height: 60vh; overflow: auto;
+    margin-bottom: .25rem; list-style: none; }
+#messages:empty::before { content: "No messages yet."; }
+#messages li { align-self: start; max-width: 92%; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: .75rem; }
+#messages .mine { align-self: end; background: var(--mine); border-color: transparent; }
+.text { white-space: pre-wrap; unicode-bidi: plaintext; }
+.about { display: flex; flex-wrap: wrap; gap: 0 .75rem; font-size: .8rem; }
+[data-delivery=sent] .delivery { color: var(--good); } [data-delivery=queued] .delivery { color: var(--wait); }
+.error, [data-delivery=failed] .delivery { color: var(--bad); }
+</style>
+
+<header class="row">
+    <h1>FactoryApp</h1>
+    <form id="session" class="row" hidden><span>Signed in as <b id="me"></b></span> <button>Log out</button></form>
+</header>
+<p class="quiet">A Telegram bot repeats your messages in the chat that you link to your account.</p>
+<main>
+<noscript><p class="card">This page needs JavaScript. The requests below do not.</p></noscript>
+
+<form id="sign-in" class="card">
+    <h2>Log in or register</h2>
+    <label>Username <input name="username" autocomplete="username" autocapitalize="none" spellcheck="false" required></label>
+    <label>Password <input name="password" type="password" autocomplete="current-password" required></label>
+    <p class="quiet">New here? Choose a name and a password of at least 8 characters, then register.</p>
+    <p class="error" role="alert"></p>
+    <p class="row"><button class="main">Log in</button> <button name="register">Register</button></p>
+</form>
+
+<div id="signed-in" hidden>
+    <form id="telegram" class="card">
+        <h2>Telegram</h2>
+        <p id="linked" role="status"></p>
+        <p class="row"><button class="main" name="token" hidden>Link a chat</button>
+            <button name="unlink" hidden>Unlink</button></p>
+        <div id="link" role="status" hidden>
+            <p class="row"><a class="button main" target="_blank" rel="noreferrer">Open the bot in Telegram</a></p>
+            <p class="how"></p> <code tabindex="0"></code> <p class="quiet"></p>
+        </div>
+        <p class="error" role="alert"></p>
+    </form>
+    <form id="compose" class="card">
+        <h2>Messages</h2>
+        <ol id="messages" role="log" tabindex="0" aria-label="Messages"></ol>
+        <p id="trouble" class="error" role="status"></p>
+        <label>To <input name="recipient" list="people" placeholder="yourself" autocomplete="off" autocapitalize="none"></label>
+        <datalist id="people"></datalist>
+        <label>Message <textarea name="text" required></textarea></label>
+        <p class="error" role="alert"></p>
+        <p class="row"><button class="main">Send</button> <span class="quiet">or press Ctrl and Enter</span></p>
+    </form>
+</div>
+
+<section id="requests" class="card">
+    <h2>Requests</h2>
+    <p class="quiet">What this page does, any program can do. Bodies are JSON or forms, answers are JSON; the
+        <a href="/openapi.json" target="_blank">OpenAPI description</a> has all fields.</p>
+    <p>Register <code>curl ORIGIN/api/users/register/ -d username=alice -d password=S3cure-pass-91</code></p>
+    <p>Log in <code>curl ORIGIN/auth/token/ -d username=alice -d password=S3cure-pass-91</code></p>
+    <p>Keep the access token, which lives 5 minutes <code>AUTH="Authorization: Bearer ACCESS_TOKEN"</code></p>
+    <p>Get a new one <code>curl ORIGIN/auth/token/refresh/ -d refresh=REFRESH_TOKEN</code></p>
+    <p>Check a token <code>curl ORIGIN/auth/token/verify/ -d token=ACCESS_TOKEN</code></p>
+    <p>Log out <code>curl ORIGIN/auth/token/blacklist/ -d refresh=REFRESH_TOKEN</code></p>
+    <p>See who you are <code>curl ORIGIN/api/users/me/ -H "$AUTH"</code></p>
+    <p>Change the password, which ends all tokens
+        <code>curl ORIGIN/api/users/set-password/ -H "$AUTH" -d current_password=OLD -d new_password=NEW</code></p>
+    <p>Get a token that links a chat <code>curl ORIGIN/api/users/get-telegram-token/ -H "$AUTH"</code></p>
+    <p>Unlink the chat <code>curl ORIGIN/api/users/unlink-telegram/ -H "$AUTH" -X POST</code></p>
+    <p>List everybody <code>curl ORIGIN/api/users/ -H "$AUTH"</code></p>
+    <p>Send a message, to yourself without a recipient
+        <code>curl ORIGIN/api/messages/ -H "$AUTH" --data-urlencode "text=Line 4 has stopped" -d recipient=bob</code></p>
+    <p>List your messages <code>curl ORIGIN/api/messages/ -H "$AUTH"</code></p>
+    <p>List up to 50 after (or before) number 7 <code>curl "ORIGIN/api/messages/?after=7&amp;limit=50" -H "$AUTH"</code></p>
+    <p>See one of them <code>curl ORIGIN/api/messages/1/ -H "$AUTH"</code></p>
+    <p>See whether the server is well <code>curl ORIGIN/health/</code></p>
+</section>
+</main>
+
+<template id="message"><li>
+    <p class="text"></p> <p class="about"><b></b> <time></time> <span class="source"></span> <span class="delivery"></span></p>
+</li></template>
+
+<script>
+"use strict";
+const WATCH_MS = 2000, PATIENCE_MS = 20000, SHOWN = 50, MOST = 1000;  // messages: SHOWN on the page, MOST in one answer
+const SETTLED = {sent: "sent", failed: "failed", unlinked: "unlinked: no chat to send it to"};  // these change no more
+const $ = (id) => document.getElementById(id);
+const write = (element, words) => { if (element.textContent !== words) element.textContent = words; };
+const localTime = (iso) => new Date(iso).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
+const refusal = (status, sentence) => Object.assign(new Error(sentence), {status});
+let session = null;  // {access, refresh, username, seen, isWatching}: kept nowhere but here
+let posted = {};  // what was posted last, and the key that keeps a second try from posting it twice
+
+async function send(method, path, body, headers) {  // answers the JSON that came, or throws what to tell people
+    const answer = await fetch(path, {method, headers: {...headers, "Content-Type": "application/json"}, cache: "no-store",
+        body: JSON.stringify(body), signal: AbortSignal.timeout(PATIENCE_MS)}).catch(() => {
+        throw refusal(0, "The server cannot be reached. Check the connection, then try again.");
+    });
+    const value = answer.status === 204 ? {} : await answer.json().catch(() => null);
+    if (answer.ok && value) return value;
+    const fields = Object.entries(value || {}).map(([field, sentences]) => `${field}: ${[sentences].flat().join(" ")}`);
+    const pause = answer.headers.get("Retry-After") || "some";
+    throw refusal(answer.status, answer.status === 429 ? `Too many tries. Wait ${pause} seconds, then try again.`
+        : value?.detail || fields.join(" ") || `The server is out of order (status ${answer.status}). Try again later.`);
+}
+
+async function ask(method, path, body, headers) {  // as who is signed in; an access token that is too old is renewed once
+    const mine = session;
+    const attempt = () => send(method, path, body, {...headers, Authorization: `Bearer ${mine.access}`});
+    const value = await attempt().catch(async (error) => {
+        if (error.status !== 401) throw error;
+        mine.access = (await send("POST", "/auth/token/refresh/", {refresh: mine.refresh})).access;
+        return attempt();
+    }).catch((error) => {
+        if (error.status === 401 && session === mine) signOut("Your session has ended. Please log in again.");
+        throw error;
+    });
+    if (session !== mine) throw refusal(0, "You have logged out.");
+    return value;
+}
+
+function showAccount({username, telegram_linked}) {
+    write($("me"), session.username = username);
+    write($("linked"), telegram_linked ? "A chat is linked: the bot repeats your messages there."
+        : "No chat is linked yet, so the bot has nowhere to repeat your messages.");
+    $("telegram").elements.token.hidden = telegram_linked;
+    $("telegram").elements.unlink.hidden = !telegram_linked;
+    $("link").hidden ||= telegram_linked;
+}
+
+function showLink({telegram_token, expires_at, link}) {
+    const [button, how, code, until] = $("link").querySelectorAll("a, .how, code, .quiet");
+    button.href = link || "";
+    button.parentElement.hidden = !link;
+    write(how, link ? "Or send it this:" : "The bot talks in the terminal where the server runs. Type this line there:");
+    write(code, telegram_token);
+    write(until, `It works once, until ${localTime(expires_at)}.`);
+    $("link").hidden = false;
+}
+
+function showMessages(messages) {
+    const list = $("messages"), wasAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+    for (const message of messages) {
+        const next = [...list.children].find((item) => item.dataset.id >= message.id) || null;
+        const item = next?.dataset.id === String(message.id) ? next : list.insertBefore(newItem(message), next);
+        item.dataset.delivery = message.delivery;
+        write(item.querySelector(".delivery"), SETTLED[message.delivery] || message.delivery);
+    }
+    while (list.children.length > SHOWN) list.firstElementChild.remove();
+    if (wasAtEnd) list.scrollTop = list.scrollHeight;
+}
+
+function newItem({id, sender, recipient, text, created_at, source}) {
+    const item = $("message").content.firstElementChild.cloneNode(true), me = session.username;
+    const [words, who, time, from] = item.querySelectorAll(".text, b, time, .source");
+    item.dataset.id = id;
+    if (sender === me) item.className = "mine";
+    write(words, text);
+    write(who, sender !== me ? sender : recipient === me ? "You" : `You to ${recipient}`);
+    write(time, localTime(created_at));
+    write(from, source === "telegram" ? "written to the bot" : "");
+    return item;
+}
+
+async function listPeople() {
+    const people = await ask("GET", "/api/users/?limit=1000").catch(() => []);  // without them, one types the whole name
+    $("people").replaceChildren(...people.map(({username}) => new Option(username)));
+}
+
+async function watch() {  // what is new, and how the deliveries go on: all from the first that is not settled
+    const mine = session;
+    if (!mine || mine.isWatching || document.hidden) return;
+    mine.isWatching = true;
+    try {
+        showAccount(await ask("GET", "/api/users/me/"));
+        const moving = [...$("messages").children].filter((item) => !SETTLED[item.dataset.delivery]);
+        const after = Math.min(mine.seen, ...moving.map((item) => item.dataset.id - 1));
+        const range = mine.seen === undefined ? `before=9223372036854775807&limit=${SHOWN}` : `after=${after}&limit=${MOST}`;
+        const messages = await ask("GET", `/api/messages/?${range}`);
+        showMessages(messages);
+        mine.seen = Math.max(mine.seen || 0, ...messages.map((message) => message.id));
+        write($("trouble"), "");
+    } catch (error) {
+        if (session === mine) write($("trouble"), error.message);
+    } finally {
+        mine.isWatching = false;
+    }
+}
+
+function onSubmit(id, act) {  // `act` gets the form's fields and the name of the button; what it throws is shown in the form
+    const form = $(id), buttons = form.querySelectorAll("button"), complaint = form.querySelector("[role=alert]");
+    form.addEventListener("submit", async (event) => {
+        event.preventDefault();
+        if (buttons[0].disabled) return;
+        const mine = session, focused = document.activeElement;
+        buttons.forEach((button) => { button.disabled = true; });
+        complaint?.replaceChildren();
+        try {
+            await act(form.elements, event.submitter?.name);
+        } catch (error) {
+            if (session === mine) complaint?.append(error.message);
+        }
+        buttons.forEach((button) => { button.disabled = false; });
+        if (document.activeElement === document.body) focused.focus();
+    });
+}
+
+onSubmit("sign-in", async ({username, password}, button) => {
+    const account = {username: username.value, password: password.value};
+    if (button === "register") await send("POST", "/api/users/register/", account);
+    session = await send("POST", "/auth/token/", account).catch((error) => {
+        throw error.status === 401 ? refusal(401, "Wrong username or password.") : error;
+    });
+    password.value = "";
+    $("sign-in").hidden = true;
+    $("session").hidden = $("signed-in").hidden = false;
+    listPeople();
+    await watch();
+    ($("telegram").elements.token.hidden ? $("compose").elements.text : $("telegram").elements.token).focus();
+});
+
+function signOut(sentence) {
+    session = null;
+    posted = {};
+    for (const form of document.forms) form.reset();
+    for (const element of document.querySelectorAll("#messages, #people, #me, #linked, #link code, .error")) write(element, "");
+    $("link").querySelector("a").href = "";
+    $("session").hidden = $("signed-in").hidden = $("link").hidden = true;
+    $("sign-in").hidden = false;
+    $("sign-in").elements.username.focus();
+    write($("sign-in").querySelector("[role=alert]"), sentence);
+}
+
+onSubmit("session", async () => {
+    const {refresh} = session;
+    signOut("");
+    await send("POST", "/auth/token/blacklist/", {refresh});
+});
+
+onSubmit("telegram", async (fields, button) => {
+    if (button === "token") return showLink(await ask("GET", "/api/users/get-telegram-token/"));
+    await ask("POST", "/api/users/unlink-telegram/");
+    showAccount({...session, telegram_linked: false});
+});
+
+onSubmit("compose", async ({recipient, text}) => {
+    const body = {text: text.value, recipient: recipient.value.trim() || undefined}, words = JSON.stringify(body);
+    if (posted.words !== words) posted = {words, key: crypto.getRandomValues(new Uint32Array(4)).join("-")};
+    showMessages([await ask("POST", "/api/messages/", body, {"Idempotency-Key": posted.key})]);
+    posted = {};
+    if (text.value === body.text) text.value = "";
+    $("messages").scrollTop = $("messages").scrollHeight;
+});
+
+$("compose").elements.recipient.addEventListener("focus", listPeople);
+$("compose").elements.text.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compose").requestSubmit();
+});
+for (const code of $("requests").querySelectorAll("code")) write(code, code.textContent.replace("ORIGIN", location.origin));
+document.addEventListener("visibilitychange", watch);
+setInterval(watch, WATCH_MS);
+</script>
+"""
+
+
+def csp_hash(element):
+    """The Content-Security-Policy source that allows the page's one inline style or script (CSP level 2, hash sources)."""
+    text = re.search(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)[1]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Referrer-Policy", "no-referrer"), ("Content-Security-Policy", (
+    f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"))]
+
+
 # --- HTTP -------------------------------------------------------------------------------------------------------------
 # The app, the one door for errors, sign-in, fields; then the routes in the order a user meets them; then the server.
 
@@ -1255,10 +1574,10 @@ def answer_json(route):
         except HTTPResponse:
             raise
         except sqlite3.OperationalError as error:
-            log.error("%s %s failed: %s", request.method, request.path, error)
+            log.error("%s %r failed: %s", request.method, request.path, error)
             raise HTTPError(503) from None
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %r failed", request.method, request.path)
             raise HTTPError(500) from None
         return as_json(body)
     return answer
@@ -1635,7 +1954,7 @@ PASSWORD = Text(example="S3cure-pass-91")
 NEW_PASSWORD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
 TOKEN = Text(example=A_JWT["example"])
 MESSAGE_TEXT = Text(MAX_TEXT, example="Линия 4 остановлена")
-PAGE = {"after": Number(0, MAX_ID), "before": Number(0, MAX_ID), "limit": Number(1, MAX_PAGE_ROWS)}
+PAGING = {"after": Number(0, MAX_ID), "before": Number(0, MAX_ID), "limit": Number(1, MAX_PAGE_ROWS)}
 
 
 @app.get("/")
@@ -1807,7 +2126,7 @@ def show_account(user):
 
 @app.get("/api/users/")
 @signed_in
-@asks(**PAGE)
+@asks(**PAGING)
 @answers(200, {"type": "array", "items": USER})
 def list_all_users(user, **page):
     """Everybody: ids and names. All, or a page."""
@@ -1855,7 +2174,7 @@ def replay(db, user, request_hash, earlier):
 
 @app.get("/api/messages/")
 @signed_in
-@asks(**PAGE)
+@asks(**PAGING)
 @answers(200, {"type": "array", "items": MESSAGE})
 def list_own_messages(user, **page):
     """All that you sent or received, oldest first. All, or a page."""
@@ -2101,321 +2420,6 @@ def serve(server, stop):
         server.task_dispatcher.serve_quick()
     server.task_dispatcher.shutdown()
     del local.patience, local.path
-
-
-# --- Page -------------------------------------------------------------------------------------------------------------
-# What GET / answers: one self-contained document. Its Content-Security-Policy lets its own style and script through, no others.
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>FactoryApp</title>
-<style>
-:root { color-scheme: light dark;
-    --page: #f4f6f7; --card: #fff; --ink: #1b2227; --quiet: #58646d; --line: #d8dfe3; --edge: #7d8993;
-    --accent: #0a665c; --on-accent: #fff; --mine: #e2f1ee; --good: #146c3c; --wait: #855400; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root {
-    --page: #12171a; --card: #1b2226; --ink: #e5eaed; --quiet: #9fabb4; --line: #303a41; --edge: #74818b;
-    --accent: #68cdbd; --on-accent: #06231f; --mine: #17362f; --good: #74d19b; --wait: #e6b866; --bad: #ff9389; } }
-* { box-sizing: border-box; margin: 0; }
-[hidden], p:empty, span:empty { display: none !important; }
-body { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
-    font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
-header { justify-content: space-between; margin-bottom: .25rem; }
-.card, #link { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
-.card { margin-top: 1rem; padding: 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: .75rem; }
-.quiet, label, #requests p { font-size: .9rem; }
-.quiet, .about, #requests p, #messages:empty::before { color: var(--quiet); }
-.error::first-letter { text-transform: uppercase; }
-@media (hover: none) { .row .quiet { display: none; } }
-label { display: grid; gap: .25rem; font-weight: 600; }
-input, textarea, button, .button { font: inherit; padding: .5rem .75rem; border: 1px solid var(--edge); border-radius: .5rem; }
-input, textarea { width: 100%; font-size: 1rem; font-weight: 400; background: var(--page); color: inherit; }
-textarea { min-height: 5rem; max-height: 50vh; resize: vertical; field-sizing: content; }
-a, button { color: var(--accent); }
-button, .button { background: none; font-weight: 600; text-decoration: none; cursor: pointer; }
-.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button:disabled { opacity: .55; cursor: default; }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-code { display: block; padding-left: 2ch; text-indent: -2ch; color: var(--ink); font: .85rem/1.6 ui-monospace, monospace;
-    user-select: all; }
-#link code { padding: .5rem .75rem; text-indent: 0; border: 1px dashed var(--edge); border-radius: .5rem; }
-#messages { display: flex; flex-direction: column; gap: .5rem; padding: 0; max-height: 60vh; overflow: auto;
-    margin-bottom: .25rem; list-style: none; }
-#messages:empty::before { content: "No messages yet."; }
-#messages li { align-self: start; max-width: 92%; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: .75rem; }
-#messages .mine { align-self: end; background: var(--mine); border-color: transparent; }
-.text { white-space: pre-wrap; unicode-bidi: plaintext; }
-.about { display: flex; flex-wrap: wrap; gap: 0 .75rem; font-size: .8rem; }
-[data-delivery=sent] .delivery { color: var(--good); } [data-delivery=queued] .delivery { color: var(--wait); }
-.error, [data-delivery=failed] .delivery { color: var(--bad); }
-</style>
-
-<header class="row">
-    <h1>FactoryApp</h1>
-    <form id="session" class="row" hidden><span>Signed in as <b id="me"></b></span> <button>Log out</button></form>
-</header>
-<p class="quiet">A Telegram bot repeats your messages in the chat that you link to your account.</p>
-<main>
-<noscript><p class="card">This page needs JavaScript. The requests below do not.</p></noscript>
-
-<form id="sign-in" class="card">
-    <h2>Log in or register</h2>
-    <label>Username <input name="username" autocomplete="username" autocapitalize="none" spellcheck="false" required></label>
-    <label>Password <input name="password" type="password" autocomplete="current-password" required></label>
-    <p class="quiet">New here? Choose a name and a password of at least 8 characters, then register.</p>
-    <p class="error" role="alert"></p>
-    <p class="row"><button class="main">Log in</button> <button name="register">Register</button></p>
-</form>
-
-<div id="signed-in" hidden>
-    <form id="telegram" class="card">
-        <h2>Telegram</h2>
-        <p id="linked" role="status"></p>
-        <p class="row"><button class="main" name="token" hidden>Link a chat</button>
-            <button name="unlink" hidden>Unlink</button></p>
-        <div id="link" role="status" hidden>
-            <p class="row"><a class="button main" target="_blank" rel="noreferrer">Open the bot in Telegram</a></p>
-            <p class="how"></p> <code tabindex="0"></code> <p class="quiet"></p>
-        </div>
-        <p class="error" role="alert"></p>
-    </form>
-    <form id="compose" class="card">
-        <h2>Messages</h2>
-        <ol id="messages" role="log" tabindex="0" aria-label="Messages"></ol>
-        <p id="trouble" class="error" role="status"></p>
-        <label>To <input name="recipient" list="people" placeholder="yourself" autocomplete="off" autocapitalize="none"></label>
-        <datalist id="people"></datalist>
-        <label>Message <textarea name="text" required></textarea></label>
-        <p class="error" role="alert"></p>
-        <p class="row"><button class="main">Send</button> <span class="quiet">or press Ctrl and Enter</span></p>
-    </form>
-</div>
-
-<section id="requests" class="card">
-    <h2>Requests</h2>
-    <p class="quiet">What this page does, any program can do. Bodies are JSON or forms, answers are JSON; the
-        <a href="/openapi.json" target="_blank">OpenAPI description</a> has all fields.</p>
-    <p>Register <code>curl ORIGIN/api/users/register/ -d username=alice -d password=S3cure-pass-91</code></p>
-    <p>Log in <code>curl ORIGIN/auth/token/ -d username=alice -d password=S3cure-pass-91</code></p>
-    <p>Keep the access token, which lives 5 minutes <code>AUTH="Authorization: Bearer ACCESS_TOKEN"</code></p>
-    <p>Get a new one <code>curl ORIGIN/auth/token/refresh/ -d refresh=REFRESH_TOKEN</code></p>
-    <p>Check a token <code>curl ORIGIN/auth/token/verify/ -d token=ACCESS_TOKEN</code></p>
-    <p>Log out <code>curl ORIGIN/auth/token/blacklist/ -d refresh=REFRESH_TOKEN</code></p>
-    <p>See who you are <code>curl ORIGIN/api/users/me/ -H "$AUTH"</code></p>
-    <p>Change the password, which ends all tokens
-        <code>curl ORIGIN/api/users/set-password/ -H "$AUTH" -d current_password=OLD -d new_password=NEW</code></p>
-    <p>Get a token that links a chat <code>curl ORIGIN/api/users/get-telegram-token/ -H "$AUTH"</code></p>
-    <p>Unlink the chat <code>curl ORIGIN/api/users/unlink-telegram/ -H "$AUTH" -X POST</code></p>
-    <p>List everybody <code>curl ORIGIN/api/users/ -H "$AUTH"</code></p>
-    <p>Send a message, to yourself without a recipient
-        <code>curl ORIGIN/api/messages/ -H "$AUTH" --data-urlencode "text=Line 4 has stopped" -d recipient=bob</code></p>
-    <p>List your messages <code>curl ORIGIN/api/messages/ -H "$AUTH"</code></p>
-    <p>List up to 50 after (or before) number 7 <code>curl "ORIGIN/api/messages/?after=7&amp;limit=50" -H "$AUTH"</code></p>
-    <p>See one of them <code>curl ORIGIN/api/messages/1/ -H "$AUTH"</code></p>
-    <p>See whether the server is well <code>curl ORIGIN/health/</code></p>
-</section>
-</main>
-
-<template id="message"><li>
-    <p class="text"></p> <p class="about"><b></b> <time></time> <span class="source"></span> <span class="delivery"></span></p>
-</li></template>
-
-<script>
-"use strict";
-const WATCH_MS = 2000, PATIENCE_MS = 20000, SHOWN = 50, MOST = 1000;  // messages: SHOWN on the page, MOST in one answer
-const SETTLED = {sent: "sent", failed: "failed", unlinked: "unlinked: no chat to send it to"};  // these change no more
-const $ = (id) => document.getElementById(id);
-const write = (element, words) => { if (element.textContent !== words) element.textContent = words; };
-const localTime = (iso) => new Date(iso).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
-const refusal = (status, sentence) => Object.assign(new Error(sentence), {status});
-let session = null;  // {access, refresh, username, seen, isWatching}: kept nowhere but here
-let posted = {};  // what was posted last, and the key that keeps a second try from posting it twice
-
-async function send(method, path, body, headers) {  // answers the JSON that came, or throws what to tell people
-    const answer = await fetch(path, {method, headers: {...headers, "Content-Type": "application/json"}, cache: "no-store",
-        body: JSON.stringify(body), signal: AbortSignal.timeout(PATIENCE_MS)}).catch(() => {
-        throw refusal(0, "The server cannot be reached. Check the connection, then try again.");
-    });
-    const value = answer.status === 204 ? {} : await answer.json().catch(() => null);
-    if (answer.ok && value) return value;
-    const fields = Object.entries(value || {}).map(([field, sentences]) => `${field}: ${[sentences].flat().join(" ")}`);
-    const pause = answer.headers.get("Retry-After") || "some";
-    throw refusal(answer.status, answer.status === 429 ? `Too many tries. Wait ${pause} seconds, then try again.`
-        : value?.detail || fields.join(" ") || `The server is out of order (status ${answer.status}). Try again later.`);
-}
-
-async function ask(method, path, body, headers) {  // as who is signed in; an access token that is too old is renewed once
-    const mine = session;
-    const attempt = () => send(method, path, body, {...headers, Authorization: `Bearer ${mine.access}`});
-    const value = await attempt().catch(async (error) => {
-        if (error.status !== 401) throw error;
-        mine.access = (await send("POST", "/auth/token/refresh/", {refresh: mine.refresh})).access;
-        return attempt();
-    }).catch((error) => {
-        if (error.status === 401 && session === mine) signOut("Your session has ended. Please log in again.");
-        throw error;
-    });
-    if (session !== mine) throw refusal(0, "You have logged out.");
-    return value;
-}
-
-function showAccount({username, telegram_linked}) {
-    write($("me"), session.username = username);
-    write($("linked"), telegram_linked ? "A chat is linked: the bot repeats your messages there."
-        : "No chat is linked yet, so the bot has nowhere to repeat your messages.");
-    $("telegram").elements.token.hidden = telegram_linked;
-    $("telegram").elements.unlink.hidden = !telegram_linked;
-    $("link").hidden ||= telegram_linked;
-}
-
-function showLink({telegram_token, expires_at, link}) {
-    const [button, how, code, until] = $("link").querySelectorAll("a, .how, code, .quiet");
-    button.href = link || "";
-    button.parentElement.hidden = !link;
-    write(how, link ? "Or send it this:" : "The bot talks in the terminal where the server runs. Type this line there:");
-    write(code, telegram_token);
-    write(until, `It works once, until ${localTime(expires_at)}.`);
-    $("link").hidden = false;
-}
-
-function showMessages(messages) {
-    const list = $("messages"), wasAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-    for (const message of messages) {
-        const next = [...list.children].find((item) => item.dataset.id >= message.id) || null;
-        const item = next?.dataset.id === String(message.id) ? next : list.insertBefore(newItem(message), next);
-        item.dataset.delivery = message.delivery;
-        write(item.querySelector(".delivery"), SETTLED[message.delivery] || message.delivery);
-    }
-    while (list.children.length > SHOWN) list.firstElementChild.remove();
-    if (wasAtEnd) list.scrollTop = list.scrollHeight;
-}
-
-function newItem({id, sender, recipient, text, created_at, source}) {
-    const item = $("message").content.firstElementChild.cloneNode(true), me = session.username;
-    const [words, who, time, from] = item.querySelectorAll(".text, b, time, .source");
-    item.dataset.id = id;
-    if (sender === me) item.className = "mine";
-    write(words, text);
-    write(who, sender !== me ? sender : recipient === me ? "You" : `You to ${recipient}`);
-    write(time, localTime(created_at));
-    write(from, source === "telegram" ? "written to the bot" : "");
-    return item;
-}
-
-async function listPeople() {
-    const people = await ask("GET", "/api/users/?limit=1000").catch(() => []);  // without them, one types the whole name
-    $("people").replaceChildren(...people.map(({username}) => new Option(username)));
-}
-
-async function watch() {  // what is new, and how the deliveries go on: all from the first that is not settled
-    const mine = session;
-    if (!mine || mine.isWatching || document.hidden) return;
-    mine.isWatching = true;
-    try {
-        showAccount(await ask("GET", "/api/users/me/"));
-        const moving = [...$("messages").children].filter((item) => !SETTLED[item.dataset.delivery]);
-        const after = Math.min(mine.seen, ...moving.map((item) => item.dataset.id - 1));
-        const range = mine.seen === undefined ? `before=9223372036854775807&limit=${SHOWN}` : `after=${after}&limit=${MOST}`;
-        const messages = await ask("GET", `/api/messages/?${range}`);
-        showMessages(messages);
-        mine.seen = Math.max(mine.seen || 0, ...messages.map((message) => message.id));
-        write($("trouble"), "");
-    } catch (error) {
-        if (session === mine) write($("trouble"), error.message);
-    } finally {
-        mine.isWatching = false;
-    }
-}
-
-function onSubmit(id, act) {  // `act` gets the form's fields and the name of the button; what it throws is shown in the form
-    const form = $(id), buttons = form.querySelectorAll("button"), complaint = form.querySelector("[role=alert]");
-    form.addEventListener("submit", async (event) => {
-        event.preventDefault();
-        if (buttons[0].disabled) return;
-        const mine = session, focused = document.activeElement;
-        buttons.forEach((button) => { button.disabled = true; });
-        complaint?.replaceChildren();
-        try {
-            await act(form.elements, event.submitter?.name);
-        } catch (error) {
-            if (session === mine) complaint?.append(error.message);
-        }
-        buttons.forEach((button) => { button.disabled = false; });
-        if (document.activeElement === document.body) focused.focus();
-    });
-}
-
-onSubmit("sign-in", async ({username, password}, button) => {
-    const account = {username: username.value, password: password.value};
-    if (button === "register") await send("POST", "/api/users/register/", account);
-    session = await send("POST", "/auth/token/", account).catch((error) => {
-        throw error.status === 401 ? refusal(401, "Wrong username or password.") : error;
-    });
-    password.value = "";
-    $("sign-in").hidden = true;
-    $("session").hidden = $("signed-in").hidden = false;
-    listPeople();
-    await watch();
-    ($("telegram").elements.token.hidden ? $("compose").elements.text : $("telegram").elements.token).focus();
-});
-
-function signOut(sentence) {
-    session = null;
-    posted = {};
-    for (const form of document.forms) form.reset();
-    for (const element of document.querySelectorAll("#messages, #people, #me, #linked, #link code, .error")) write(element, "");
-    $("link").querySelector("a").href = "";
-    $("session").hidden = $("signed-in").hidden = $("link").hidden = true;
-    $("sign-in").hidden = false;
-    $("sign-in").elements.username.focus();
-    write($("sign-in").querySelector("[role=alert]"), sentence);
-}
-
-onSubmit("session", async () => {
-    const {refresh} = session;
-    signOut("");
-    await send("POST", "/auth/token/blacklist/", {refresh});
-});
-
-onSubmit("telegram", async (fields, button) => {
-    if (button === "token") return showLink(await ask("GET", "/api/users/get-telegram-token/"));
-    await ask("POST", "/api/users/unlink-telegram/");
-    showAccount({...session, telegram_linked: false});
-});
-
-onSubmit("compose", async ({recipient, text}) => {
-    const body = {text: text.value, recipient: recipient.value.trim() || undefined}, words = JSON.stringify(body);
-    if (posted.words !== words) posted = {words, key: crypto.getRandomValues(new Uint32Array(4)).join("-")};
-    showMessages([await ask("POST", "/api/messages/", body, {"Idempotency-Key": posted.key})]);
-    posted = {};
-    if (text.value === body.text) text.value = "";
-    $("messages").scrollTop = $("messages").scrollHeight;
-});
-
-$("compose").elements.recipient.addEventListener("focus", listPeople);
-$("compose").elements.text.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compose").requestSubmit();
-});
-for (const code of $("requests").querySelectorAll("code")) write(code, code.textContent.replace("ORIGIN", location.origin));
-document.addEventListener("visibilitychange", watch);
-setInterval(watch, WATCH_MS);
-</script>
-"""
-
-
-def csp_hash(element):
-    """The Content-Security-Policy source that allows the page's one inline style or script (CSP level 2, hash sources)."""
-    text = re.search(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)[1]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Referrer-Policy", "no-referrer"), ("Content-Security-Policy", (
-    f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"))]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
