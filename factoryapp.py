@@ -75,8 +75,9 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000  # that a client may ask for
 LIST_PAGE_ROWS = 200  # that are read at a time
 TOKENS_REMEMBERED = 2000
-CHECKPOINT_COMMITS = 100
-WAL_LONG_FRAMES = 2500  # of 4 KiB
+CHECKPOINT_COMMITS = 50
+WAL_LONG_FRAMES = 1500  # of 4 KiB
+WAL_PATIENCE_MILLISECONDS = 100
 
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
 HASHES_AT_ONCE = 2
@@ -347,14 +348,19 @@ def fsync_or_exit():
 
 
 def checkpoint(db):
-    """Copy the write-ahead log into the database, so that it starts anew. Readers are waited for only when it has grown long."""
-    Wal.commits, mode = 0, "RESTART" if Wal.frames > WAL_LONG_FRAMES else "PASSIVE"
+    """Copy the write-ahead log into the database, so that it starts anew. Once it is long, wait a moment for those who read it."""
+    is_long, Wal.commits = Wal.frames > WAL_LONG_FRAMES, 0
     try:
-        Wal.frames = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()[1]
+        if is_long:
+            db.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MILLISECONDS}")
+        Wal.frames = db.execute(f"PRAGMA wal_checkpoint({'RESTART' if is_long else 'PASSIVE'})").fetchone()[1]
     except sqlite3.Error as error:
         if "FSYNC" in getattr(error, "sqlite_errorname", ""):
             raise
         log.warning("the write-ahead log was not copied, and grows: %s", error)  # the commit itself is safe in it
+    finally:
+        if is_long:
+            db.execute(f"PRAGMA busy_timeout = {0 if may_not_wait() else DATABASE_BUSY_SECONDS * 1000}")
 
 
 def release(db):
