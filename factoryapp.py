@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -101,11 +102,12 @@ UPDATE_TRIES = 3
 
 PATIENT_THREADS = 4
 CONNECTIONS = 200
+OPEN_FILES = 8192  # connections, and answers that are not taken yet
 REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
 PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
-MAX_UNTAKEN_BYTES = 1024**3  # of answers that a client has yet to take, before a thread waits for it
+MAX_UNTAKEN_BYTES = 256 * 1024**2  # of answers that a client has yet to take, before a thread waits for it
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 log = logging.getLogger("factoryapp")
@@ -180,7 +182,8 @@ class Turns:
     def open(self, bot_id, queues):
         """Start with what the outbox holds for this bot: (chat id, seconds until it is due) pairs. Without a bot, end."""
         with self.changed:
-            self.bot_id, self.busy = bot_id, set()
+            self.bot_id, self.busy = bot_id, {}  # chat: the outbox row being sent to it, None before it is known
+            self.hurried = set()  # chats that were busy when hurry() was called
             self.due = {chat_id: ticks() + pause for chat_id, pause in queues}
             self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
             self.suspects = set()  # chats whose last send failed: they may hang again
@@ -194,18 +197,13 @@ class Turns:
                 self.due[chat_id] = min(self.due.get(chat_id, ticks()), ticks())
                 self.changed.notify()
 
-    def is_busy(self, bot_id, chat_id):
-        """Whether something is being sent to the chat."""
-        with self.changed:
-            return bot_id == self.bot_id and chat_id in self.busy
-
     def take(self, wait_seconds=0):
         """The chat that has been due the longest, or None when none is due in time. It must be given back."""
         patience_ends = time.monotonic() + wait_seconds
         with self.changed:
             while True:
                 # Chats that may hang get half of the senders at most.
-                barred = self.suspects if len(self.busy & self.suspects) >= SENDERS // 2 else ()
+                barred = self.suspects if len(self.busy.keys() & self.suspects) >= SENDERS // 2 else ()
                 due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy and chat not in barred),
                                       default=(float("inf"), None))
                 for sends in (SENDS_BURST, SENDS_PER_SECOND):
@@ -213,7 +211,7 @@ class Turns:
                         due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
                 if due_at <= ticks():
                     del self.due[chat_id]
-                    self.busy.add(chat_id)
+                    self.busy[chat_id] = None
                     self.pauses.pop(chat_id, None)
                     self.sent_at.append(ticks())
                     return chat_id
@@ -222,14 +220,25 @@ class Turns:
                     return None
                 self.changed.wait(pause)
 
+    def claim(self, chat_id, delivery_id):
+        """False when the delivery is being sent already, to the chat that its account had before."""
+        with self.changed:
+            if delivery_id in self.busy.values():
+                return False
+            self.busy[chat_id] = delivery_id
+            return True
+
     def give_back(self, chat_id, pause=None, is_told=None):
         """The sender is done with the chat, which is due again in `pause` seconds; None: when something is queued for it.
 
         `is_told` after a failure: whether the pause is Telegram's wish.
         """
         with self.changed:
-            self.busy.discard(chat_id)
+            self.busy.pop(chat_id, None)
             self.suspects.discard(chat_id)
+            if is_told is False and chat_id in self.hurried:
+                pause = min(pause, 1)
+            self.hurried.discard(chat_id)
             if is_told is not None:
                 self.due[chat_id], self.pauses[chat_id] = ticks() + pause, is_told
                 self.suspects |= set() if is_told else {chat_id}
@@ -243,6 +252,7 @@ class Turns:
             for chat_id in [chat_id for chat_id, is_told in self.pauses.items() if not is_told]:
                 self.due[chat_id] = ticks()
                 del self.pauses[chat_id]
+            self.hurried = set(self.busy)
             self.changed.notify_all()
 
 
@@ -293,11 +303,33 @@ def may_not_wait():
     return hasattr(local, "patience")
 
 
+def database_uri(mode="rw"):
+    """The database's SQLite URI. Only open_store() may make the file: where it has vanished, an empty one would be no database."""
+    return f"file:{urllib.parse.quote(os.fsencode(settings.db))}?mode={mode}"
+
+
+def file_identity(path):
+    """(device, inode): it tells a file from another of its name. Raises OSError."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+opened_file = functools.cache(file_identity)  # the file's identity when open_store() opened it
+
+
+def is_database_there():
+    """Whether the file we opened is still the one of its name; what is written to another is lost at the next start."""
+    try:
+        return file_identity(settings.db) == opened_file(settings.db)
+    except OSError:
+        return False
+
+
 def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
-        db = sqlite3.connect(settings.db, timeout=0 if may_not_wait() else DATABASE_BUSY_SECONDS, isolation_level=None,
-                             factory=Connection)
+        db = sqlite3.connect(database_uri(), uri=True, timeout=0 if may_not_wait() else DATABASE_BUSY_SECONDS,
+                             isolation_level=None, factory=Connection)
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
         db.execute("PRAGMA foreign_keys = ON")
@@ -308,6 +340,8 @@ def connection():
 
 def begin(db):
     """Start a write, after those of other threads. Raises MustWait, or sqlite3.OperationalError when they take too long."""
+    if not is_database_there():
+        raise sqlite3.OperationalError("the database file was removed or replaced")
     if not write_lock.acquire(timeout=getattr(local, "patience", DATABASE_BUSY_SECONDS)):
         raise MustWait if may_not_wait() else sqlite3.OperationalError("other threads write for too long")
     try:
@@ -401,7 +435,7 @@ def check_store():
         if os.path.exists(settings.db) and not os.path.isfile(settings.db):
             raise BadSetting(f"The database {settings.db} is no file: name another with --db.")
         if os.path.exists(settings.db) and os.path.getsize(settings.db):
-            with closing(sqlite3.connect(f"file:{urllib.parse.quote(settings.db)}?mode=ro", uri=True)) as db:
+            with closing(sqlite3.connect(database_uri("ro"), uri=True)) as db:
                 application_id, version, tables = db.execute("""
                     SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
                     FROM pragma_application_id, pragma_user_version""").fetchone()
@@ -420,6 +454,8 @@ def open_store():
         with open(settings.db, "ab"):
             for path in filter(os.path.exists, (settings.db, settings.db + "-wal", settings.db + "-shm")):
                 os.chmod(path, 0o600)
+        opened_file.cache_clear()
+        opened_file(settings.db)
         db = connection()
         db.execute("PRAGMA journal_mode = WAL")
         db.executescript(f"BEGIN IMMEDIATE; {Path(__file__).with_name('schema.sql').read_text('utf-8')} "
@@ -522,10 +558,8 @@ def link_chat(db, bot_id, chat_id, user_id):
     if earlier_user and earlier_user["id"] != user_id:
         unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
     if earlier_chat:
-        in_flight = find_head(db, *earlier_chat) if turns.is_busy(*earlier_chat) else None
-        db.execute("""
-            UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL AND id IS NOT ?
-            """, (bot_id, chat_id, *earlier_chat, in_flight["id"] if in_flight else None))
+        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL",
+                   (bot_id, chat_id, *earlier_chat))
     db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
                (bot_id, chat_id, user_id, iso(now())))
     db.queued_for.add((bot_id, chat_id))
@@ -679,7 +713,7 @@ def settle_sent(db, delivery, telegram_message_id):
             SELECT ?, ?, ?, id FROM messages WHERE id = ? AND sender_id <> recipient_id
             """, (delivery["bot_id"], delivery["chat_id"], telegram_message_id, delivery["message_id"]))
     if not delivery["is_last"]:  # nothing comes between the parts of a text
-        db.execute("UPDATE outbox SET send_at = -1 WHERE id = ? + 1", (delivery["id"],))
+        db.execute("UPDATE outbox SET queued_at = max(queued_at, send_at), send_at = -1 WHERE id = ? + 1", (delivery["id"],))
     else:  # an earlier part may have been given up: then the copy has failed, and stays so
         db.execute("UPDATE messages SET delivery = 'sent' WHERE id = ? AND delivery = 'queued'", (delivery["message_id"],))
 
@@ -784,11 +818,11 @@ def read_token(token, kind=None):
         claims = jwt.decode(token, jwt_key(), algorithms=["HS256"],
                             options={"verify_aud": False, "verify_exp": False, "verify_iat": False})
         expires_at = int(claims["exp"]) if "exp" in claims else None
-        if expires_at is not None and expires_at <= now():
+        if expires_at is not None and datetime.fromtimestamp(expires_at, timezone.utc).timestamp() <= now():  # absurd ones raise
             raise TokenError("Token is expired")
         if "iat" in claims and int(claims["iat"]) > now() + 1:
             raise TokenError("Token is invalid")
-    except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError):
+    except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, OSError, RecursionError):
         raise TokenError("Token is invalid") from None
     if kind != "access" and is_blacklisted(connection(), claims.get("jti")):
         raise TokenError("Token is blacklisted")
@@ -839,25 +873,25 @@ class LoginThrottle:
     def limits(address, username):
         return (((address, username[:MAX_USERNAME + 1]), LOGIN_FAILURES_PER_NAME), (address, LOGIN_FAILURES_PER_ADDRESS))
 
-    def seconds_to_wait(self, address, username):
-        """0, or how long this address has to wait before it may try this name again."""
+    def try_once(self, address, username):
+        """0, and the try counts as failed until forgive(); or how many seconds this address has to wait before it may try."""
         with self.lock:
-            pauses = [times[-limit] + LOGIN_WINDOW_SECONDS - now() for key, limit in self.limits(address, username)
+            pauses = [times[-limit] + LOGIN_WINDOW_SECONDS - ticks() for key, limit in self.limits(address, username)
                       if len(times := self.failures.get(key, ())) >= limit]
-        return max(pauses, default=0)
-
-    def add_failure(self, address, username):
-        with self.lock:
+            if (wait := max(pauses, default=0)) > 0:
+                return wait
             for key, limit in self.limits(address, username):
-                self.failures[key] = [*self.failures.get(key, ())[-limit + 1:], now()]
+                self.failures[key] = [*self.failures.get(key, ())[-limit + 1:], ticks()]
                 self.failures.move_to_end(key)
             while len(self.failures) > LOGIN_KEYS_REMEMBERED:
                 self.failures.popitem(last=False)
+            return 0
 
     def forgive(self, address, username):
-        """The right password was given: what went before were typing errors."""
+        """The right password was given: what went before were typing errors, and this try was none."""
         with self.lock:
             self.failures.pop(self.limits(address, username)[0][0], None)
+            self.failures[address] = self.failures.get(address, [])[:-1]
 
 
 login_throttle = LoginThrottle()
@@ -926,7 +960,9 @@ def deliver_next(home, wait_seconds=0):
     again = 1, False  # should anything below fail
     try:
         head = find_head(connection(), home.id, chat_id)
-        again = deliver(home, head) if head and head["send_at"] <= now() else None
+        again = None
+        if head and head["send_at"] <= now():
+            again = deliver(home, head) if turns.claim(chat_id, head["id"]) else (0.5, None)
         if again is None and (head := find_head(connection(), home.id, chat_id)):
             again = max(0, head["send_at"] - now()), None
     finally:
@@ -1583,7 +1619,7 @@ def answer_json(route):
             body = route(*args, **kwargs)
         except HTTPResponse:
             raise
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             log.error("%s %r failed: %s", request.method, request.path, error)
             raise HTTPError(503) from None
         except Exception:
@@ -1732,7 +1768,8 @@ class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
 
     def describe(self):
-        return {**super().describe(), "minLength": MIN_PASSWORD}
+        return {**super().describe(), "type": "string", "minLength": MIN_PASSWORD,
+                "pattern": r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"}
 
     def read(self, value):
         text, errors = super().read(value)
@@ -1763,7 +1800,7 @@ class Moment:
     """A time in ISO 8601, up to 30 days ahead; one that has passed means at once. Read as seconds since 1970."""
 
     required = False
-    pattern = r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(:\d\d(\.\d{3}|\.\d{6})?)?([Zz]|[+-]\d\d:\d\d)"
+    pattern = r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(:\d\d(\.\d{1,9})?)?([Zz]|[+-]\d\d:?\d\d)"
 
     def describe(self):
         return {"type": "string", "format": "date-time"}
@@ -1980,7 +2017,9 @@ def show_page():
 @answers(200, {"type": "object"})
 def show_openapi():
     """This description of the API, in OpenAPI 3.1."""
-    return describe_api(f"{request.urlparts.scheme}://{request.urlparts.netloc}")
+    from_proxy = request.environ.get("REMOTE_ADDR") == settings.trusted_proxy  # else anybody might say https
+    scheme = request.urlparts.scheme if from_proxy else request.environ["wsgi.url_scheme"]
+    return describe_api(f"{scheme}://{request.environ.get('HTTP_HOST', '')}")
 
 
 @app.get("/health/")
@@ -1991,11 +2030,15 @@ def show_health():
     if may_not_wait():
         raise MustWait  # counting a long queue takes a while
     try:
-        bot = find_bot(connection(), turns.bot_id)
-        queued, oldest = count_waiting(connection())
+        if not is_database_there():
+            raise sqlite3.OperationalError("its file was removed or replaced")
+        with closing(sqlite3.connect(database_uri("ro"), uri=True)) as db:  # a new one: ours may answer from memory
+            db.row_factory = sqlite3.Row
+            bot = find_bot(db, turns.bot_id)
+            queued, oldest = count_waiting(db)
     except sqlite3.Error as error:
         log.error("the database does not answer: %s", error)
-        raise HTTPError(503, {"status": "error", "reason": "The database does not answer."}) from None
+        raise HTTPError(503, {"status": "error", "reason": f"The database does not answer: {error}."}) from None
     name = "terminal" if turns.bot_id == Terminal.id else f"@{bot['username']}" if bot and bot["username"] else None
     return {"status": "ok", "bot": name, "queued": queued, "oldest_queued_seconds": round(now() - oldest, 3) if queued else 0}
 
@@ -2006,23 +2049,31 @@ def show_health():
 @answers(201, USER, 401)
 def register(username, password):
     """Make an account."""
+    if find_user_by_name(connection(), username):  # or each of many tries would take the time of a hash
+        raise HTTPError(400, NAME_TAKEN)
     password_hash = hash_password(password)
     try:
         with transaction() as db:
             user_id = add_user(db, username, password_hash)
     except sqlite3.IntegrityError:
-        raise HTTPError(400, {"username": ["A user with that username already exists."]}) from None
+        raise HTTPError(400, NAME_TAKEN) from None
     return {"id": user_id, "username": username}
+
+
+NAME_TAKEN = {"username": ["A user with that username already exists."]}
 
 
 def check_password(user_id, username, password, password_hash):
     """Whether the password is right. Raises HTTPError 429 once this address has guessed too often."""
+    if may_not_wait():
+        raise MustHash
     address = client_address()
-    if (wait := math.ceil(login_throttle.seconds_to_wait(address, username))) > 0:
+    if (wait := math.ceil(login_throttle.try_once(address, username))) > 0:
         raise HTTPError(429, {"detail": f"Request was throttled. Expected available in {wait} seconds."},
                         **{"Retry-After": str(wait)})
     is_right = password_matches(password, password_hash) and user_id is not None
-    (login_throttle.forgive if is_right else login_throttle.add_failure)(address, username)
+    if is_right:
+        login_throttle.forgive(address, username)
     return is_right
 
 
@@ -2168,7 +2219,7 @@ post_message.headers = {"Idempotency-Key": {"type": "string", "pattern": "^[!-~]
 
 def read_idempotency_key():
     """The request's Idempotency-Key, or None. Raises HTTPError 400."""
-    key = request.get_header("Idempotency-Key")
+    key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is not None and not re.fullmatch("[!-~]{1,255}", key):
         raise HTTPError(400, {"Idempotency-Key": ["Give 1 to 255 visible ASCII characters."]})
     return key
@@ -2219,15 +2270,21 @@ def describe_route(route, path_names):
     status, schema = route.answer
     fields, query = getattr(route, "fields", {}), getattr(route, "query_fields", {})
     sign_in_check = getattr(route, "check_sign_in", None)
-    statuses = {503, *route.refusals, *([400] if fields or query else []), *([413, 415] if fields else []),
+    statuses = {500, 503, *route.refusals, *([400] if fields or query else []), *([413, 415] if fields else []),
                 *([401] if sign_in_check else [])}
     operation = {
         "operationId": route.__name__, "summary": route.__doc__.split("\n")[0], "responses": {str(status): {"description": "done"}}}
     if schema is not None:
         operation["responses"][str(status)]["content"] = {"application/json": {"schema": schema}}
+    elif status == 200:
+        operation["responses"]["200"]["content"] = {"text/html": {"schema": {"type": "string"}}}
     for refusal in sorted(statuses):
         operation["responses"][str(refusal)] = {"description": HTTP_CODES[refusal], "content": {"application/json": {
-            "schema": {"type": "object", "example": {"detail": HTTP_CODES[refusal]}}}}}
+            "schema": {"type": "object"}}}}
+    for name, statuses_with_it in (("Link", [200] if "limit" in query else []), ("Retry-After", statuses & {429, 503}),
+                                   ("Idempotency-Replayed", [201] if hasattr(route, "headers") else [])):
+        for with_it in statuses_with_it:
+            operation["responses"][str(with_it)].setdefault("headers", {})[name] = {"schema": {"type": "string"}}
     if sign_in_check:
         operation["security"] = [{"Bearer": []}] if sign_in_check is require_user else [{"Bearer": []}, {}]
     operation["parameters"] = [
@@ -2341,8 +2398,8 @@ class Lanes:
         """Choose the lane of a channel's next request. The caller holds the channel's lock: it is not served in here."""
         if may_not_wait():
             self.quick.append(channel)
-        else:
-            self.patient.add_task(channel)
+        else:  # the next request of who did not wait for an answer: it may hash
+            self.hashing.add_task(channel)
 
     def serve_quick(self):
         """Serve what was read in this round. What it writes is one transaction, so that all wait for the disk but once."""
@@ -2373,8 +2430,8 @@ class Lanes:
         for channel in batch:
             if channel.total_outbufs_len:
                 channel.handle_write()
-        for channel in self.quick:  # the next requests of who did not wait for an answer
-            self.patient.add_task(channel)
+        for channel in self.quick:  # likewise
+            self.hashing.add_task(channel)
         self.quick.clear()
 
     def shutdown(self):
@@ -2456,10 +2513,11 @@ def read_arguments(argv):
     parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
                         help="address of a reverse proxy whose X-Forwarded-For is believed")
     parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL"), help="least urgent lines to log to standard error: "
-                        "debug, info (a line a request), warning or error (default info, and warning when the bot talks in "
-                        "this terminal)")
+                        "debug, info (a line a request), warning or error (default info; warning when that would come "
+                        "between you and the bot in this terminal)")
     arguments = parser.parse_args(argv)
-    arguments.log_level = arguments.log_level or ("info" if env("TELEGRAM_BOT_TOKEN") else "warning")
+    is_between = not env("TELEGRAM_BOT_TOKEN") and sys.stderr is not None and sys.stderr.isatty()
+    arguments.log_level = arguments.log_level or ("warning" if is_between else "info")
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadSetting(f"The log level has to be debug, info, warning or error, not {arguments.log_level!r}: change --log-level "
                          "or FACTORYAPP_LOG_LEVEL.")
@@ -2522,6 +2580,9 @@ def listen(host, port):
 def main(argv=None):
     """Start everything, serve until SIGTERM or Ctrl-C, end cleanly. Returns the exit code."""
     os.umask(0o077)  # what we make is for its owner alone
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, files), most))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("urllib3", "TeleBot"):  # they print URLs, and with them the bot's token
         logging.getLogger(name).handlers.clear()
