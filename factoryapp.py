@@ -2513,11 +2513,10 @@ def read_arguments(argv):
     parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
                         help="address of a reverse proxy whose X-Forwarded-For is believed")
     parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL"), help="least urgent lines to log to standard error: "
-                        "debug, info (a line a request), warning or error (default info; warning when that would come "
-                        "between you and the bot in this terminal)")
+                        "debug, info (a line a request), warning or error (default info; warning when the bot talks in "
+                        "this terminal, where the lines would come between you and it)")
     arguments = parser.parse_args(argv)
-    is_between = not env("TELEGRAM_BOT_TOKEN") and sys.stderr is not None and sys.stderr.isatty()
-    arguments.log_level = arguments.log_level or ("warning" if is_between else "info")
+    arguments.log_level = arguments.log_level or ("info" if env("TELEGRAM_BOT_TOKEN") else "warning")
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadSetting(f"The log level has to be debug, info, warning or error, not {arguments.log_level!r}: change --log-level "
                          "or FACTORYAPP_LOG_LEVEL.")
@@ -2584,6 +2583,7 @@ def main(argv=None):
     files = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, files), most))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging._srcfile, logging.logThreads, logging.logProcesses = None, False, False  # "Optimization" in its HOWTO: we print none
     for name in ("urllib3", "TeleBot"):  # they print URLs, and with them the bot's token
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).addHandler(logging.NullHandler())

@@ -2242,7 +2242,7 @@ def test_page_runs_in_a_browser(start, tmp_path):
 
 
 def test_log_has_a_line_for_each_request(start, bot_api):
-    program = start()
+    program = start("--log-level", "info")
     headers = join_program(program, "alice")
     use(program.url, "/api/messages/?limit=5", headers=headers)
     use(program.url, "/api/\u043f/%0A", headers=headers, status=404)
