@@ -359,9 +359,9 @@ def commit(db):
             raise sqlite3.OperationalError("an earlier part of the transaction was lost")
         with fsync_or_exit():
             db.execute("COMMIT")
-            Wal.commits += 1
-            if Wal.commits >= CHECKPOINT_COMMITS:
-                checkpoint(db)
+        Wal.commits += 1
+        if Wal.commits >= CHECKPOINT_COMMITS:
+            checkpoint(db)
     finally:
         release(db)
     for bot_id, chat_id in db.queued_for:
@@ -387,10 +387,9 @@ def checkpoint(db):
     try:
         if is_long:
             db.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MILLISECONDS}")
-        Wal.frames = db.execute(f"PRAGMA wal_checkpoint({'RESTART' if is_long else 'PASSIVE'})").fetchone()[1]
+        with fsync_or_exit():
+            Wal.frames = db.execute(f"PRAGMA wal_checkpoint({'RESTART' if is_long else 'PASSIVE'})").fetchone()[1]
     except sqlite3.Error as error:
-        if "FSYNC" in getattr(error, "sqlite_errorname", ""):
-            raise
         log.warning("the write-ahead log was not copied, and grows: %s", error)  # the commit itself is safe in it
     finally:
         if is_long:
