@@ -9,6 +9,7 @@ One message's journey:
 
 Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks in the terminal.
 """
+
 import argparse
 import base64
 import fcntl
@@ -53,14 +54,19 @@ try:
     from waitress.task import ErrorTask, ThreadedTaskDispatcher
     from waitress.utilities import BadRequest
 except ModuleNotFoundError as error:
-    print(f"factoryapp: the package {error.name} is missing: start as README.md says, or install requirements.txt", file=sys.stderr)
+    print(
+        f"factoryapp: the package {error.name} is missing: start as README.md says, or install requirements.txt",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit in its name.
 
 SCHEMA_VERSION = 1
-APPLICATION_ID = 0x46614170  # "FaAp", in the database's header: nobody else's file is taken for ours
+APPLICATION_ID = (
+    0x46614170  # "FaAp", in the database's header: nobody else's file is taken for ours
+)
 ACCESS_TOKEN_SECONDS = 5 * 60
 REFRESH_TOKEN_SECONDS = 24 * 3600
 LINK_TOKEN_SECONDS = 10 * 60
@@ -71,7 +77,9 @@ MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
-MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096  # JSON may spell one code point as 12 bytes: \ud83d\ude00
+MAX_MESSAGE_BODY_BYTES = (
+    12 * MAX_TEXT + 4096
+)  # JSON may spell one code point as 12 bytes: \ud83d\ude00
 MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000  # that a client may ask for
 LIST_PAGE_ROWS = 200  # that are read at a time
@@ -80,7 +88,11 @@ CHECKPOINT_COMMITS = 50
 WAL_LONG_FRAMES = 1500  # of 4 KiB
 WAL_PATIENCE_MILLISECONDS = 100
 
-SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
+SCRYPT = {
+    "n": 2**15,
+    "r": 8,
+    "p": 3,
+}  # OWASP's password storage cheat sheet; 32 MiB and about 170 ms
 HASHES_AT_ONCE = 2
 IDEMPOTENCY_SECONDS = 24 * 3600
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
@@ -106,8 +118,12 @@ OPEN_FILES = 8192  # connections, and answers that are not taken yet
 REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_SECONDS_CROWDED = 2  # the same, with every connection taken
 DATABASE_BUSY_SECONDS = 5  # how long a write waits for others, before 503
-PATIENCE_SECONDS = 0.01  # how long one does on the thread that serves everybody, before it goes to another
-MAX_UNTAKEN_BYTES = 256 * 1024**2  # of answers that a client has yet to take, before a thread waits for it
+PATIENCE_SECONDS = (
+    0.01  # how long one does on the thread that serves everybody, before it goes to another
+)
+MAX_UNTAKEN_BYTES = (
+    256 * 1024**2
+)  # of answers that a client has yet to take, before a thread waits for it
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 log = logging.getLogger("factoryapp")
@@ -144,19 +160,29 @@ def is_inside_cluster(text, i):
     before, after = text[i - 1], text[i]
     is_flag = [0x1F1E6 <= ord(c) <= 0x1F1FF for c in (before, after)]
     if all(is_flag):  # flags are pairs of these letters: count those before the cut
-        return len(re.search("[\U0001F1E6-\U0001F1FF]*$", text[max(0, i - 256):i])[0]) % 2 == 1
-    return (unicodedata.category(after) in ("Mn", "Mc", "Me") or "\u200d" in (before, after)  # accents, joined emoji
-            or after in "\u200c\u0e33\u0eb3\uff9e\uff9f" or "\U0001f3fb" <= after <= "\U0001f3ff"  # vowels, skin tones
-            or "\U000e0020" <= after <= "\U000e007f" or before + after == "\r\n"
-            or "\u1160" <= after <= "\u11ff" or "\u1100" <= before <= "\u115f" and "\u1100" <= after <= "\ud7a3"  # Hangul
-            or unicodedata.combining(before) == 9 and after.isalpha())  # Indic conjuncts
+        return len(re.search("[\U0001f1e6-\U0001f1ff]*$", text[max(0, i - 256) : i])[0]) % 2 == 1
+    return (
+        unicodedata.category(after) in ("Mn", "Mc", "Me")
+        or "\u200d" in (before, after)  # accents, joined emoji
+        or after in "\u200c\u0e33\u0eb3\uff9e\uff9f"
+        or "\U0001f3fb" <= after <= "\U0001f3ff"  # vowels, skin tones
+        or "\U000e0020" <= after <= "\U000e007f"
+        or before + after == "\r\n"
+        or "\u1160" <= after <= "\u11ff"
+        or "\u1100" <= before <= "\u115f"
+        and "\u1100" <= after <= "\ud7a3"  # Hangul
+        or unicodedata.combining(before) == 9
+        and after.isalpha()
+    )  # Indic conjuncts
 
 
 def split_text(text, limit=TELEGRAM_MAX_TEXT):
     """The text as parts of at most `limit` code points, none blank: cut after a line or word that ends in a part's second half."""
     parts = []
     while len(text) > limit:
-        cuts = [i for i in range(limit, limit // 2, -1) if not is_inside_cluster(text, i)] or [limit]
+        cuts = [i for i in range(limit, limit // 2, -1) if not is_inside_cluster(text, i)] or [
+            limit
+        ]
         after_line = (i for i in cuts if text[i - 1] == "\n")
         after_word = (i for i in cuts if text[i - 1].isspace())
         cut = next(after_line, None) or next(after_word, cuts[0])
@@ -182,7 +208,10 @@ class Turns:
     def open(self, bot_id, queues):
         """Start with what the outbox holds for this bot: (chat id, seconds until it is due) pairs. Without a bot, end."""
         with self.changed:
-            self.bot_id, self.busy = bot_id, {}  # chat: the outbox row being sent to it, None before it is known
+            self.bot_id, self.busy = (
+                bot_id,
+                {},
+            )  # chat: the outbox row being sent to it, None before it is known
             self.hurried = set()  # chats that were busy when hurry() was called
             self.due = {chat_id: ticks() + pause for chat_id, pause in queues}
             self.pauses = {}  # chats that wait since a send failed: whether Telegram told them to
@@ -203,9 +232,17 @@ class Turns:
         with self.changed:
             while True:
                 # Chats that may hang get half of the senders at most.
-                barred = self.suspects if len(self.busy.keys() & self.suspects) >= SENDERS // 2 else ()
-                due_at, chat_id = min(((at, chat) for chat, at in self.due.items() if chat not in self.busy and chat not in barred),
-                                      default=(float("inf"), None))
+                barred = (
+                    self.suspects if len(self.busy.keys() & self.suspects) >= SENDERS // 2 else ()
+                )
+                due_at, chat_id = min(
+                    (
+                        (at, chat)
+                        for chat, at in self.due.items()
+                        if chat not in self.busy and chat not in barred
+                    ),
+                    default=(float("inf"), None),
+                )
                 for sends in (SENDS_BURST, SENDS_PER_SECOND):
                     if len(self.sent_at) >= sends:
                         due_at = max(due_at, self.sent_at[-sends] + sends / SENDS_PER_SECOND)
@@ -328,8 +365,13 @@ def is_database_there():
 def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
-        db = sqlite3.connect(database_uri(), uri=True, timeout=0 if may_not_wait() else DATABASE_BUSY_SECONDS,
-                             isolation_level=None, factory=Connection)
+        db = sqlite3.connect(
+            database_uri(),
+            uri=True,
+            timeout=0 if may_not_wait() else DATABASE_BUSY_SECONDS,
+            isolation_level=None,
+            factory=Connection,
+        )
         db.row_factory = sqlite3.Row
         db.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
         db.execute("PRAGMA foreign_keys = ON")
@@ -343,7 +385,11 @@ def begin(db):
     if not is_database_there():
         raise sqlite3.OperationalError("the database file was removed or replaced")
     if not write_lock.acquire(timeout=getattr(local, "patience", DATABASE_BUSY_SECONDS)):
-        raise MustWait if may_not_wait() else sqlite3.OperationalError("other threads write for too long")
+        raise (
+            MustWait
+            if may_not_wait()
+            else sqlite3.OperationalError("other threads write for too long")
+        )
     try:
         db.execute("BEGIN IMMEDIATE")
     except BaseException as error:
@@ -376,7 +422,9 @@ def fsync_or_exit():
         yield
     except sqlite3.Error as error:
         if "FSYNC" in getattr(error, "sqlite_errorname", ""):
-            log.critical("the disk failed to store what was written: ending. Mend it, then start again")
+            log.critical(
+                "the disk failed to store what was written: ending. Mend it, then start again"
+            )
             os._exit(1)
         raise
 
@@ -388,12 +436,18 @@ def checkpoint(db):
         if is_long:
             db.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MILLISECONDS}")
         with fsync_or_exit():
-            Wal.frames = db.execute(f"PRAGMA wal_checkpoint({'RESTART' if is_long else 'PASSIVE'})").fetchone()[1]
+            Wal.frames = db.execute(
+                f"PRAGMA wal_checkpoint({'RESTART' if is_long else 'PASSIVE'})"
+            ).fetchone()[1]
     except sqlite3.Error as error:
-        log.warning("the write-ahead log was not copied, and grows: %s", error)  # the commit itself is safe in it
+        log.warning(
+            "the write-ahead log was not copied, and grows: %s", error
+        )  # the commit itself is safe in it
     finally:
         if is_long:
-            db.execute(f"PRAGMA busy_timeout = {0 if may_not_wait() else DATABASE_BUSY_SECONDS * 1000}")
+            db.execute(
+                f"PRAGMA busy_timeout = {0 if may_not_wait() else DATABASE_BUSY_SECONDS * 1000}"
+            )
 
 
 def release(db):
@@ -439,32 +493,46 @@ def check_store():
                     SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
                     FROM pragma_application_id, pragma_user_version""").fetchone()
             if tables and application_id != APPLICATION_ID:
-                raise BadSetting(f"The database {settings.db} is another program's: name another file with --db.")
+                raise BadSetting(
+                    f"The database {settings.db} is another program's: name another file with --db."
+                )
             if version > SCHEMA_VERSION:
-                raise BadSetting(f"The database {settings.db} is from a newer version of FactoryApp: start that version, or name "
-                                 "another file with --db.")
+                raise BadSetting(
+                    f"The database {settings.db} is from a newer version of FactoryApp: start that version, or name "
+                    "another file with --db."
+                )
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name another file with --db.") from None
+        raise BadSetting(
+            f"The database {settings.db} cannot be used ({error}): name another file with --db."
+        ) from None
 
 
 def open_store():
     """Make or update the database. Raises BadSetting when that cannot be done."""
     try:
         with open(settings.db, "ab"):
-            for path in filter(os.path.exists, (settings.db, settings.db + "-wal", settings.db + "-shm")):
+            for path in filter(
+                os.path.exists, (settings.db, settings.db + "-wal", settings.db + "-shm")
+            ):
                 os.chmod(path, 0o600)
         opened_file.cache_clear()
         opened_file(settings.db)
         db = connection()
         db.execute("PRAGMA journal_mode = WAL")
-        db.executescript(f"BEGIN IMMEDIATE; {Path(__file__).with_name('schema.sql').read_text('utf-8')} "
-                         f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        db.executescript(
+            f"BEGIN IMMEDIATE; {Path(__file__).with_name('schema.sql').read_text('utf-8')} "
+            f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
         with transaction() as db:
-            db.execute("INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
-                       (secrets.token_bytes(SECRET_MIN_BYTES),))
+            db.execute(
+                "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
+                (secrets.token_bytes(SECRET_MIN_BYTES),),
+            )
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(f"The database {settings.db} cannot be used ({error}): name a file that can be written with "
-                         "--db.") from None
+        raise BadSetting(
+            f"The database {settings.db} cannot be used ({error}): name a file that can be written with "
+            "--db."
+        ) from None
 
 
 @functools.cache
@@ -475,16 +543,22 @@ def signing_key(path):
 
 def add_user(db, username, password_hash):
     """The new user's id. Raises sqlite3.IntegrityError when the name is taken."""
-    return db.execute("INSERT INTO users (username, password, created_at) VALUES (?, ?, ?)",
-                      (username, password_hash, iso(now()))).lastrowid
+    return db.execute(
+        "INSERT INTO users (username, password, created_at) VALUES (?, ?, ?)",
+        (username, password_hash, iso(now())),
+    ).lastrowid
 
 
 def find_user(db, user_id):
-    return db.execute("SELECT id, username, tokens_from FROM users WHERE id = ?", (user_id,)).fetchone()
+    return db.execute(
+        "SELECT id, username, tokens_from FROM users WHERE id = ?", (user_id,)
+    ).fetchone()
 
 
 def find_user_by_name(db, username):
-    return db.execute("SELECT id, username, password, tokens_from FROM users WHERE username = ?", (username,)).fetchone()
+    return db.execute(
+        "SELECT id, username, password, tokens_from FROM users WHERE username = ?", (username,)
+    ).fetchone()
 
 
 def find_password(db, user_id):
@@ -495,50 +569,73 @@ def find_password(db, user_id):
 def set_password(db, user_id, old_hash, new_hash):
     """Change the password, and end every token issued until now. False when it is not the old one any more."""
     db.execute("DELETE FROM link_tokens WHERE user_id = ?", (user_id,))
-    return db.execute("UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
-                      (new_hash, int(now()) + 1, user_id, old_hash)).rowcount == 1
+    return (
+        db.execute(
+            "UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
+            (new_hash, int(now()) + 1, user_id, old_hash),
+        ).rowcount
+        == 1
+    )
 
 
 def find_user_page_end(db, after, before, rows, order):
     """Of the first (order "ASC") or last ("DESC") so many users between two ids: the id at the far end and, if any, the next."""
-    return db.execute(f"SELECT id FROM users WHERE id > ? AND id < ? ORDER BY id {order} LIMIT 2 OFFSET ? - 1",
-                      (after, before, rows)).fetchall()
+    return db.execute(
+        f"SELECT id FROM users WHERE id > ? AND id < ? ORDER BY id {order} LIMIT 2 OFFSET ? - 1",
+        (after, before, rows),
+    ).fetchall()
 
 
 def list_users(db, after, before, rows):
     """The first users between two ids, both excluded: (id, JSON) rows."""
-    return db.execute("""
+    return db.execute(
+        """
         SELECT id, json_object('id', id, 'username', username) FROM users WHERE id > ? AND id < ? ORDER BY id LIMIT ?
-        """, (after, before, rows)).fetchall()
+        """,
+        (after, before, rows),
+    ).fetchall()
 
 
 def add_blacklisted_token(db, jti, expires_at):
     """End a refresh token before its time, and forget those whose time has passed."""
-    db.execute("DELETE FROM blacklisted_tokens WHERE jti IN (SELECT jti FROM blacklisted_tokens WHERE expires_at < ? LIMIT 100)",
-               (now(),))
-    db.execute("INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING", (jti, expires_at))
+    db.execute(
+        "DELETE FROM blacklisted_tokens WHERE jti IN (SELECT jti FROM blacklisted_tokens WHERE expires_at < ? LIMIT 100)",
+        (now(),),
+    )
+    db.execute(
+        "INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
+        (jti, expires_at),
+    )
 
 
 def is_blacklisted(db, jti):
-    return db.execute("SELECT 1 FROM blacklisted_tokens WHERE jti = ?", (jti,)).fetchone() is not None
+    return (
+        db.execute("SELECT 1 FROM blacklisted_tokens WHERE jti = ?", (jti,)).fetchone() is not None
+    )
 
 
 def add_link_token(db, user_id, token, expires_at):
     """Remember a link token by its hash; the user's earlier one is dead from now on."""
-    db.execute("INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
-               (user_id, hashlib.sha256(token.encode()).digest(), expires_at))
+    db.execute(
+        "INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
+        (user_id, hashlib.sha256(token.encode()).digest(), expires_at),
+    )
 
 
 def spend_link_token(db, token):
     """The user the token was made for, or None when it is wrong, used, replaced or too old. It works once."""
-    row = db.execute("DELETE FROM link_tokens WHERE token_hash = ? RETURNING user_id, expires_at",
-                     (hashlib.sha256(token.encode()).digest(),)).fetchone()
+    row = db.execute(
+        "DELETE FROM link_tokens WHERE token_hash = ? RETURNING user_id, expires_at",
+        (hashlib.sha256(token.encode()).digest(),),
+    ).fetchone()
     return find_user(db, row["user_id"]) if row and row["expires_at"] > now() else None
 
 
 def find_bot(db, bot_id):
     """The bot's row (username, next_update_id), or None when it has never spoken."""
-    return db.execute("SELECT username, next_update_id FROM bots WHERE id = ?", (bot_id,)).fetchone()
+    return db.execute(
+        "SELECT username, next_update_id FROM bots WHERE id = ?", (bot_id,)
+    ).fetchone()
 
 
 def set_bot(db, bot_id, **columns):
@@ -557,10 +654,14 @@ def link_chat(db, bot_id, chat_id, user_id):
     if earlier_user and earlier_user["id"] != user_id:
         unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
     if earlier_chat:
-        db.execute("UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL",
-                   (bot_id, chat_id, *earlier_chat))
-    db.execute("INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
-               (bot_id, chat_id, user_id, iso(now())))
+        db.execute(
+            "UPDATE outbox SET bot_id = ?, chat_id = ? WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL",
+            (bot_id, chat_id, *earlier_chat),
+        )
+    db.execute(
+        "INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)",
+        (bot_id, chat_id, user_id, iso(now())),
+    )
     db.queued_for.add((bot_id, chat_id))
 
 
@@ -577,15 +678,23 @@ def find_chat(db, user_id):
 
 def find_chat_user(db, bot_id, chat_id):
     """The user the chat is linked to, or None."""
-    return db.execute("""
+    return db.execute(
+        """
         SELECT users.id, username FROM chats JOIN users ON users.id = user_id WHERE bot_id = ? AND chat_id = ?
-        """, (bot_id, chat_id)).fetchone()
+        """,
+        (bot_id, chat_id),
+    ).fetchone()
 
 
 def add_told_group(db, bot_id, chat_id):
     """True the first time, False when the group has been told before."""
-    return db.execute("INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
-                      (bot_id, chat_id)).rowcount == 1
+    return (
+        db.execute(
+            "INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
+            (bot_id, chat_id),
+        ).rowcount
+        == 1
+    )
 
 
 def add_message(db, sender, recipient, text, source, silent=False, send_at=0):
@@ -593,47 +702,76 @@ def add_message(db, sender, recipient, text, source, silent=False, send_at=0):
     send_at = send_at if send_at > now() else 0
     chat = find_chat(db, recipient["id"])
     created_at, delivery = iso(now()), "queued" if chat else "unlinked"
-    message_id = db.execute("""
+    message_id = db.execute(
+        """
         INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery) VALUES (?, ?, ?, ?, ?, ?)
-        """, (sender["id"], recipient["id"], text, created_at, source, delivery)).lastrowid
+        """,
+        (sender["id"], recipient["id"], text, created_at, source, delivery),
+    ).lastrowid
     own_copy = f"{sender['username']}, я получил от тебя сообщение:\n\n{text}"
     if sender["id"] != recipient["id"]:
         if chat:
-            queue_text(db, *chat, f"Сообщение от {sender['username']}:\n\n{text}", message_id, silent, send_at)
+            queue_text(
+                db,
+                *chat,
+                f"Сообщение от {sender['username']}:\n\n{text}",
+                message_id,
+                silent,
+                send_at,
+            )
         if own_chat := find_chat(db, sender["id"]):
             queue_text(db, *own_chat, own_copy, None, silent, send_at)
     elif chat:
         queue_text(db, *chat, own_copy, message_id, silent, send_at)
-    return {"id": message_id, "sender": sender["username"], "recipient": recipient["username"], "text": text,
-            "created_at": created_at, "source": source, "delivery": delivery}
+    return {
+        "id": message_id,
+        "sender": sender["username"],
+        "recipient": recipient["username"],
+        "text": text,
+        "created_at": created_at,
+        "source": source,
+        "delivery": delivery,
+    }
 
 
 def find_message(db, message_id, user_id):
     """A message's JSON, or None when there is none or it is not the user's."""
-    row = db.execute(f"""
+    row = db.execute(
+        f"""
         SELECT {MESSAGE_JSON} FROM messages AS m JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
         WHERE m.id = ? AND ? IN (m.sender_id, m.recipient_id)
-        """, (message_id, user_id)).fetchone()
+        """,
+        (message_id, user_id),
+    ).fetchone()
     return row[0] if row else None
 
 
 def add_idempotency_key(db, user_id, key, request_hash, message):
     """Remember what a request with this key was answered."""
-    db.execute("""
+    db.execute(
+        """
         INSERT OR REPLACE INTO idempotency_keys (user_id, key, request_hash, message_id, delivery, used_at)
         VALUES (?, ?, ?, ?, ?, ?)
-        """, (user_id, key, request_hash, message["id"], message["delivery"], now()))
+        """,
+        (user_id, key, request_hash, message["id"], message["delivery"], now()),
+    )
 
 
 def find_idempotency_key(db, user_id, key):
     """(request hash, message id, delivery) of the user's request with this key, or None. Keys are forgotten after a day."""
     oldest = now() - IDEMPOTENCY_SECONDS
-    db.execute("""
+    db.execute(
+        """
         DELETE FROM idempotency_keys WHERE (user_id, key) IN (SELECT user_id, key FROM idempotency_keys WHERE used_at < ? LIMIT 100)
-        """, (oldest,))
-    return db.execute("""
+        """,
+        (oldest,),
+    )
+    return db.execute(
+        """
         SELECT request_hash, message_id, delivery FROM idempotency_keys WHERE user_id = ? AND key = ? AND used_at >= ?
-        """, (user_id, key, oldest)).fetchone()
+        """,
+        (user_id, key, oldest),
+    ).fetchone()
 
 
 MESSAGE_JSON = """json_object('id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
@@ -653,74 +791,106 @@ def select_message_ids(order, limit):
 
 def find_message_page_end(db, user_id, after, before, rows, order):
     """As find_user_page_end, of what the user sent or received."""
-    return db.execute(select_message_ids(order, "2 OFFSET :rows - 1"),
-                      {"user": user_id, "after": after, "before": before, "rows": rows}).fetchall()
+    return db.execute(
+        select_message_ids(order, "2 OFFSET :rows - 1"),
+        {"user": user_id, "after": after, "before": before, "rows": rows},
+    ).fetchall()
 
 
 def list_messages(db, user_id, after, before, rows):
     """The first messages that the user sent or received, between two ids, both excluded: (id, JSON) rows."""
-    return db.execute(f"""
+    return db.execute(
+        f"""
         SELECT m.id, {MESSAGE_JSON}
         FROM ({select_message_ids("ASC", ":rows")}) AS page
         JOIN messages AS m ON m.id = page.id
         JOIN users AS s ON s.id = m.sender_id
         JOIN users AS r ON r.id = m.recipient_id
         ORDER BY m.id
-        """, {"user": user_id, "after": after, "before": before, "rows": rows}).fetchall()
+        """,
+        {"user": user_id, "after": after, "before": before, "rows": rows},
+    ).fetchall()
 
 
 def queue_text(db, bot_id, chat_id, text, message_id=None, silent=False, send_at=0):
     """Queue what the bot shall say in a chat, in as many parts as Telegram needs."""
     parts = split_text(text)
     for number, part in enumerate(parts, 1):
-        db.execute("""
+        db.execute(
+            """
             INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last, silent, send_at, queued_at)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?)
-            """, (bot_id, chat_id, part, message_id, number == len(parts), silent, send_at, now()))
+            """,
+            (bot_id, chat_id, part, message_id, number == len(parts), silent, send_at, now()),
+        )
     db.queued_for.add((bot_id, chat_id))
 
 
 def list_queues(db, bot_id):
     """(chat id, seconds until its head is due) of each chat with something queued."""
-    chats = db.execute("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL", (bot_id,)).fetchall()
+    chats = db.execute(
+        "SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL", (bot_id,)
+    ).fetchall()
     heads = [find_head(db, bot_id, chat["chat_id"]) for chat in chats]
-    return [(head["chat_id"], max(0, head["send_at"] - now(), min(head["due_at"] - now(), RETRY_AFTER_MAX_SECONDS)))
-            for head in heads]
+    return [
+        (
+            head["chat_id"],
+            max(0, head["send_at"] - now(), min(head["due_at"] - now(), RETRY_AFTER_MAX_SECONDS)),
+        )
+        for head in heads
+    ]
 
 
 def find_head(db, bot_id, chat_id):
     """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
-    return db.execute("""
+    return db.execute(
+        """
         SELECT id, bot_id, chat_id, text, message_id, is_last, silent, send_at, attempts, due_at FROM outbox
         WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY send_at, id LIMIT 1
-        """, (bot_id, chat_id)).fetchone()
+        """,
+        (bot_id, chat_id),
+    ).fetchone()
 
 
 def count_waiting(db):
     """(how many deliveries are due, since when the oldest is) in seconds since 1970, or None where there is none."""
-    return db.execute("""
+    return db.execute(
+        """
         SELECT count(*), min(max(queued_at, send_at)) FROM outbox WHERE given_up_at IS NULL AND send_at <= ?
-        """, (now(),)).fetchone()
+        """,
+        (now(),),
+    ).fetchone()
 
 
 def settle_sent(db, delivery, telegram_message_id):
     """The delivery is done: forget it, but remember what a reply to it would answer."""
     db.execute("DELETE FROM outbox WHERE id = ?", (delivery["id"],))
     if delivery["message_id"] and telegram_message_id:
-        db.execute("""
+        db.execute(
+            """
             INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
             SELECT ?, ?, ?, id FROM messages WHERE id = ? AND sender_id <> recipient_id
-            """, (delivery["bot_id"], delivery["chat_id"], telegram_message_id, delivery["message_id"]))
+            """,
+            (delivery["bot_id"], delivery["chat_id"], telegram_message_id, delivery["message_id"]),
+        )
     if not delivery["is_last"]:  # nothing comes between the parts of a text
-        db.execute("UPDATE outbox SET queued_at = max(queued_at, send_at), send_at = -1 WHERE id = ? + 1", (delivery["id"],))
+        db.execute(
+            "UPDATE outbox SET queued_at = max(queued_at, send_at), send_at = -1 WHERE id = ? + 1",
+            (delivery["id"],),
+        )
     else:  # an earlier part may have been given up: then the copy has failed, and stays so
-        db.execute("UPDATE messages SET delivery = 'sent' WHERE id = ? AND delivery = 'queued'", (delivery["message_id"],))
+        db.execute(
+            "UPDATE messages SET delivery = 'sent' WHERE id = ? AND delivery = 'queued'",
+            (delivery["message_id"],),
+        )
 
 
 def settle_later(db, delivery, due_at, error):
     """The delivery failed for now; it is due again at `due_at`."""
-    db.execute("UPDATE outbox SET attempts = attempts + 1, due_at = ?, error = ? WHERE id = ?",
-               (due_at, error, delivery["id"]))
+    db.execute(
+        "UPDATE outbox SET attempts = attempts + 1, due_at = ?, error = ? WHERE id = ?",
+        (due_at, error, delivery["id"]),
+    )
 
 
 NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ."
@@ -729,14 +899,19 @@ NOT_DELIVERED = "Не доставлено пользователю {username}: 
 def give_up(db, reason, which, values):
     """The outbox rows that fit an SQL condition are never sent. They keep the reason, their messages show it, and who sent them
     is told once, if there is a chat to say it in."""
-    rows = db.execute(f"UPDATE outbox SET given_up_at = ?, error = ? WHERE {which} RETURNING message_id",
-                      (iso(now()), reason, *values)).fetchall()
+    rows = db.execute(
+        f"UPDATE outbox SET given_up_at = ?, error = ? WHERE {which} RETURNING message_id",
+        (iso(now()), reason, *values),
+    ).fetchall()
     if rows:
         log.warning("%s deliveries given up: %s", len(rows), reason)
     undelivered = {}  # (sender, recipient): how many messages
     for message_id in dict.fromkeys(row["message_id"] for row in rows):
-        for message in db.execute("UPDATE messages SET delivery = 'failed' WHERE id = ? AND delivery <> 'failed' "
-                                  "RETURNING sender_id, recipient_id", (message_id,)).fetchall():
+        for message in db.execute(
+            "UPDATE messages SET delivery = 'failed' WHERE id = ? AND delivery <> 'failed' "
+            "RETURNING sender_id, recipient_id",
+            (message_id,),
+        ).fetchall():
             undelivered[tuple(message)] = undelivered.get(tuple(message), 0) + 1
     for (sender_id, recipient_id), count in undelivered.items():
         if chat := find_chat(db, sender_id):
@@ -755,23 +930,30 @@ def settle_chat_gone(db, delivery, error):
 
 def find_relayed_author(db, bot_id, chat_id, telegram_message_id):
     """Who wrote the message that the bot relayed as this Telegram message, or None."""
-    return db.execute("""
+    return db.execute(
+        """
         SELECT users.id, username FROM relayed
         JOIN messages ON messages.id = message_id JOIN users ON users.id = sender_id
         WHERE bot_id = ? AND chat_id = ? AND telegram_message_id = ?
-        """, (bot_id, chat_id, telegram_message_id)).fetchone()
+        """,
+        (bot_id, chat_id, telegram_message_id),
+    ).fetchone()
 
 
 # --- Passwords and tokens ---------------------------------------------------------------------------------------------
 
-hashing = threading.BoundedSemaphore(HASHES_AT_ONCE)  # each takes 32 MiB: a burst of logins must not take them all
+hashing = threading.BoundedSemaphore(
+    HASHES_AT_ONCE
+)  # each takes 32 MiB: a burst of logins must not take them all
 
 
 def scrypt(password, salt, n, r, p):
     if may_not_wait():
         raise MustHash
     with hashing:
-        return hashlib.scrypt(password.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * 128 * n * r, dklen=32)
+        return hashlib.scrypt(
+            password.encode(), salt=salt, n=n, r=r, p=p, maxmem=2 * 128 * n * r, dklen=32
+        )
 
 
 def hash_password(password):
@@ -781,7 +963,13 @@ def hash_password(password):
 
 
 def format_hash(salt, digest):
-    return "$".join(["scrypt", *(str(SCRYPT[k]) for k in "nrp"), *(base64.b64encode(b).decode() for b in (salt, digest))])
+    return "$".join(
+        [
+            "scrypt",
+            *(str(SCRYPT[k]) for k in "nrp"),
+            *(base64.b64encode(b).decode() for b in (salt, digest)),
+        ]
+    )
 
 
 def nobodys_hash():
@@ -791,7 +979,9 @@ def nobodys_hash():
 
 def password_matches(password, password_hash):
     _, n, r, p, salt, digest = password_hash.split("$")
-    return hmac.compare_digest(scrypt(password, base64.b64decode(salt), int(n), int(r), int(p)), base64.b64decode(digest))
+    return hmac.compare_digest(
+        scrypt(password, base64.b64decode(salt), int(n), int(r), int(p)), base64.b64decode(digest)
+    )
 
 
 class TokenError(Exception):
@@ -806,18 +996,30 @@ def issue_token(kind, user):
     """A JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
     issued_at = max(int(now()), user["tokens_from"])  # which may be the next second
     lifetime = ACCESS_TOKEN_SECONDS if kind == "access" else REFRESH_TOKEN_SECONDS
-    claims = {"token_type": kind, "exp": issued_at + lifetime, "iat": issued_at, "jti": secrets.token_hex(16),
-              "user_id": str(user["id"])}
+    claims = {
+        "token_type": kind,
+        "exp": issued_at + lifetime,
+        "iat": issued_at,
+        "jti": secrets.token_hex(16),
+        "user_id": str(user["id"]),
+    }
     return jwt.encode(claims, jwt_key(), algorithm="HS256")
 
 
 def read_token(token, kind=None):
     """The claims of a valid JWT of that kind (None: of any). Raises TokenError, worded and ordered as simplejwt does."""
     try:
-        claims = jwt.decode(token, jwt_key(), algorithms=["HS256"],
-                            options={"verify_aud": False, "verify_exp": False, "verify_iat": False})
+        claims = jwt.decode(
+            token,
+            jwt_key(),
+            algorithms=["HS256"],
+            options={"verify_aud": False, "verify_exp": False, "verify_iat": False},
+        )
         expires_at = int(claims["exp"]) if "exp" in claims else None
-        if expires_at is not None and datetime.fromtimestamp(expires_at, timezone.utc).timestamp() <= now():  # absurd ones raise
+        if (
+            expires_at is not None
+            and datetime.fromtimestamp(expires_at, timezone.utc).timestamp() <= now()
+        ):  # absurd ones raise
             raise TokenError("Token is expired")
         if "iat" in claims and int(claims["iat"]) > now() + 1:
             raise TokenError("Token is invalid")
@@ -870,17 +1072,23 @@ class LoginThrottle:
 
     @staticmethod
     def limits(address, username):
-        return (((address, username[:MAX_USERNAME + 1]), LOGIN_FAILURES_PER_NAME), (address, LOGIN_FAILURES_PER_ADDRESS))
+        return (
+            ((address, username[: MAX_USERNAME + 1]), LOGIN_FAILURES_PER_NAME),
+            (address, LOGIN_FAILURES_PER_ADDRESS),
+        )
 
     def try_once(self, address, username):
         """0, and the try counts as failed until forgive(); or how many seconds this address has to wait before it may try."""
         with self.lock:
-            pauses = [times[-limit] + LOGIN_WINDOW_SECONDS - ticks() for key, limit in self.limits(address, username)
-                      if len(times := self.failures.get(key, ())) >= limit]
+            pauses = [
+                times[-limit] + LOGIN_WINDOW_SECONDS - ticks()
+                for key, limit in self.limits(address, username)
+                if len(times := self.failures.get(key, ())) >= limit
+            ]
             if (wait := max(pauses, default=0)) > 0:
                 return wait
             for key, limit in self.limits(address, username):
-                self.failures[key] = [*self.failures.get(key, ())[-limit + 1:], ticks()]
+                self.failures[key] = [*self.failures.get(key, ())[-limit + 1 :], ticks()]
                 self.failures.move_to_end(key)
             while len(self.failures) > LOGIN_KEYS_REMEMBERED:
                 self.failures.popitem(last=False)
@@ -935,7 +1143,9 @@ def settle(change, *args):
 def deliver(home, delivery):
     """Send one delivery and settle it. None when that is done, else (seconds to the next try, whether they are Telegram's wish)."""
     try:
-        telegram_message_id = home.send(delivery["chat_id"], delivery["text"], bool(delivery["silent"]))
+        telegram_message_id = home.send(
+            delivery["chat_id"], delivery["text"], bool(delivery["silent"])
+        )
     except ChatGone as error:
         log.warning("chat %s is gone: unlinked", delivery["chat_id"])
         settle(settle_chat_gone, delivery, str(error))
@@ -944,7 +1154,13 @@ def deliver(home, delivery):
     except TryLater as error:
         is_told = error.retry_after is not None
         pause = error.retry_after if is_told else backoff(delivery["attempts"], BACKOFF_MAX_SECONDS)
-        log.warning("delivery %s to chat %s failed (%s): again in %.1f s", delivery["id"], delivery["chat_id"], error, pause)
+        log.warning(
+            "delivery %s to chat %s failed (%s): again in %.1f s",
+            delivery["id"],
+            delivery["chat_id"],
+            error,
+            pause,
+        )
         settle(settle_later, delivery, now() + pause, str(error))
         return pause, is_told
     else:
@@ -990,16 +1206,28 @@ def announce(line):
 # --- Bot --------------------------------------------------------------------------------------------------------------
 # What it says, the conversation, then its two homes: Telegram and the terminal.
 
-HOW_TO_GET_A_TOKEN = "Токен выдаёт API: GET /api/users/get-telegram-token/. Он действует 10 минут и только один раз."
+HOW_TO_GET_A_TOKEN = (
+    "Токен выдаёт API: GET /api/users/get-telegram-token/. Он действует 10 минут и только один раз."
+)
 GREETING = f"Здравствуйте! Пришлите мне токен, чтобы привязать этот чат к вашему аккаунту.\n\n{HOW_TO_GET_A_TOKEN}"
 LINKED = "Готово: этот чат и аккаунт {username} успешно привязаны. Теперь я повторяю здесь ваши сообщения."
 NOT_LINKED = f"Этот чат не привязан: токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
-WRONG_TOKEN = f"Этот токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
+WRONG_TOKEN = (
+    f"Этот токен неверный или устарел. Получите новый и пришлите его мне.\n\n{HOW_TO_GET_A_TOKEN}"
+)
 LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
 UNLINKED = f"Чат отвязан от аккаунта {{username}}. Чтобы привязать его снова, пришлите новый токен.\n\n{HOW_TO_GET_A_TOKEN}"
-COMMANDS = {"start": "к какому аккаунту привязан этот чат", "stop": "отвязать чат", "help": "что я понимаю"}
-HELP = "Я понимаю:\n" + "".join(f"/{name} — {what}\n" for name, what in COMMANDS.items()) + """токен — привязать чат к аккаунту
+COMMANDS = {
+    "start": "к какому аккаунту привязан этот чат",
+    "stop": "отвязать чат",
+    "help": "что я понимаю",
+}
+HELP = (
+    "Я понимаю:\n"
+    + "".join(f"/{name} — {what}\n" for name, what in COMMANDS.items())
+    + """токен — привязать чат к аккаунту
 Любой другой текст из привязанного чата становится вашим сообщением, а ответ на чужое сообщение уходит его автору."""
+)
 UNKNOWN_COMMAND = f"Такой команды я не знаю.\n\n{HELP}"
 TOO_LONG = f"Это слишком длинно: я принимаю до {MAX_TEXT} символов."
 TEXT_ONLY = "Я читаю только текст."
@@ -1015,10 +1243,14 @@ def converse(db, bot_id, chat_id, text, reply_to=None):
 
     `reply_to` is the Telegram message id that the text replies to, if any.
     """
-    text = text.replace("\0", "").encode("utf-8", "replace").decode()  # SQLite and JSON take neither NUL nor lone surrogates
+    text = (
+        text.replace("\0", "").encode("utf-8", "replace").decode()
+    )  # SQLite and JSON take neither NUL nor lone surrogates
     user = find_chat_user(db, bot_id, chat_id)
     command = COMMAND.fullmatch(text.strip())
-    name, argument = (command["name"].lower(), (command["argument"] or "").strip()) if command else (None, "")
+    name, argument = (
+        (command["name"].lower(), (command["argument"] or "").strip()) if command else (None, "")
+    )
     token = argument if name == "start" else text.strip()
     if LINK_TOKEN.fullmatch(token) and (owner := spend_link_token(db, token)):
         link_chat(db, bot_id, chat_id, owner["id"])
@@ -1055,7 +1287,11 @@ def receive(bot_id, update):
     message = parsed.message or parsed.channel_post
     with transaction() as db:
         set_bot(db, bot_id, next_update_id=parsed.update_id + 1)
-        if message is None or message.content_type in telebot.util.content_type_service and message.chat.type == "private":
+        if (
+            message is None
+            or message.content_type in telebot.util.content_type_service
+            and message.chat.type == "private"
+        ):
             return
         if message.chat.type != "private":
             if add_told_group(db, bot_id, message.chat.id):
@@ -1076,8 +1312,13 @@ def receive_or_skip(bot_id, update):
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                 raise
             update_id = update.get("update_id") if isinstance(update, dict) else None
-            log.warning("update %s failed, try %s of %s", update_id, attempt, UPDATE_TRIES,
-                        exc_info=(type(error), None, error.__traceback__))  # the exception's own text may quote the message
+            log.warning(
+                "update %s failed, try %s of %s",
+                update_id,
+                attempt,
+                UPDATE_TRIES,
+                exc_info=(type(error), None, error.__traceback__),
+            )  # the exception's own text may quote the message
     if isinstance(update_id, int):
         log.error("update %s is skipped", update_id)
         with transaction() as db:
@@ -1099,11 +1340,15 @@ def request_quietly(method, url, params=None, files=None, timeout=None, proxies=
     """telebot's way to the network. Texts go in the body, and an error names only its kind: the URL holds the bot's token."""
     arguments = {"data": params} if method == "post" else {"params": params}
     try:
-        return apihelper._get_req_session().request(method, url, timeout=timeout, proxies=proxies, **arguments)
+        return apihelper._get_req_session().request(
+            method, url, timeout=timeout, proxies=proxies, **arguments
+        )
     except requests.RequestException as error:
         kind = type(error).__name__
     apihelper._get_req_session(reset=True)  # what is left of the connection is not to be trusted
-    raise TelegramError(None, f"Telegram cannot be reached: {kind}")  # out of the except: no __context__ with the URL
+    raise TelegramError(
+        None, f"Telegram cannot be reached: {kind}"
+    )  # out of the except: no __context__ with the URL
 
 
 def is_webhook(error):
@@ -1119,7 +1364,9 @@ class Telegram:
     def __init__(self, token, api_url):
         self.id, self.token = int(token.split(":")[0]), token
         self.failures = 0  # calls of run() that failed in a row
-        apihelper.API_URL = api_url.rstrip("/").replace("{", "%7B").replace("}", "%7D") + "/bot{0}/{1}"
+        apihelper.API_URL = (
+            api_url.rstrip("/").replace("{", "%7B").replace("}", "%7D") + "/bot{0}/{1}"
+        )
         apihelper.CUSTOM_REQUEST_SENDER = request_quietly
 
     def call(self, method, *args, **kwargs):
@@ -1130,8 +1377,14 @@ class Telegram:
             parameters = error.result_json.get("parameters")
             retry_after = parameters.get("retry_after") if isinstance(parameters, dict) else None
             is_number = isinstance(retry_after, (int, float)) and 0 <= retry_after
-            description = str(error.description).encode("utf-8", "replace").decode()  # SQLite takes no lone surrogates
-            problem = error.error_code, description, min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None
+            description = (
+                str(error.description).encode("utf-8", "replace").decode()
+            )  # SQLite takes no lone surrogates
+            problem = (
+                error.error_code,
+                description,
+                min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None,
+            )
         except apihelper.ApiHTTPException as error:
             problem = None, f"Telegram answered {error.result.status_code} without JSON"
         except (apihelper.ApiInvalidJSONException, LookupError, TypeError, AttributeError) as error:
@@ -1141,11 +1394,20 @@ class Telegram:
     def send(self, chat_id, text, silent):
         """Send a text as it is; returns Telegram's id of the message. Raises TryLater, GiveUp, ChatGone."""
         try:
-            sent = self.call(apihelper.send_message, chat_id, text, timeout=SEND_TIMEOUT_SECONDS,
-                             disable_notification=silent or None,
-                             link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True))
+            sent = self.call(
+                apihelper.send_message,
+                chat_id,
+                text,
+                timeout=SEND_TIMEOUT_SECONDS,
+                disable_notification=silent or None,
+                link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True),
+            )
         except TelegramError as error:
-            if error.code == 403 or error.code == 400 and "chat not found" in error.description.lower():
+            if (
+                error.code == 403
+                or error.code == 400
+                and "chat not found" in error.description.lower()
+            ):
                 raise ChatGone(str(error)) from None
             if error.code == 400:
                 raise GiveUp(str(error)) from None
@@ -1160,7 +1422,10 @@ class Telegram:
             set_bot(db, self.id, username=username)
         announce(f"bot: @{username} on Telegram")
         try:
-            self.call(apihelper.set_my_commands, [telebot.types.BotCommand(*command) for command in COMMANDS.items()])
+            self.call(
+                apihelper.set_my_commands,
+                [telebot.types.BotCommand(*command) for command in COMMANDS.items()],
+            )
         except TelegramError as error:
             log.info("Telegram's menu does not show the commands: %s", error)
 
@@ -1175,19 +1440,30 @@ class Telegram:
         """
         started_at = time.monotonic()
         bot = find_bot(connection(), self.id)
-        updates = self.call(apihelper.get_updates, offset=bot["next_update_id"], timeout=LONG_POLL_SECONDS + 5,
-                            long_polling_timeout=1 if self.failures else LONG_POLL_SECONDS, allowed_updates=self.allowed_updates)
+        updates = self.call(
+            apihelper.get_updates,
+            offset=bot["next_update_id"],
+            timeout=LONG_POLL_SECONDS + 5,
+            long_polling_timeout=1 if self.failures else LONG_POLL_SECONDS,
+            allowed_updates=self.allowed_updates,
+        )
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
             receive_or_skip(self.id, update)
-        return find_bot(connection(), self.id)["next_update_id"] != bot["next_update_id"] or time.monotonic() - started_at > 1
+        return (
+            find_bot(connection(), self.id)["next_update_id"] != bot["next_update_id"]
+            or time.monotonic() - started_at > 1
+        )
 
     def explain(self, error):
         """Tell the operator what a failed poll means."""
         if error.code in (401, 404):
-            log.error("Telegram refuses TELEGRAM_BOT_TOKEN (%s): get the right one from @BotFather and start again. "
-                      "The HTTP API goes on, deliveries wait.", error)
+            log.error(
+                "Telegram refuses TELEGRAM_BOT_TOKEN (%s): get the right one from @BotFather and start again. "
+                "The HTTP API goes on, deliveries wait.",
+                error,
+            )
         elif is_webhook(error):
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
         elif error.code == 409:
@@ -1226,7 +1502,9 @@ class Terminal:
 
     def send(self, chat_id, text, silent):
         """Print a text. Control characters, which could play tricks on the terminal, are replaced. Raises TryLater."""
-        visible = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+        visible = "".join(
+            c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text
+        )
         try:
             print(f"{visible}\n", flush=True)
         except OSError as error:
@@ -1241,11 +1519,15 @@ class Terminal:
             while not stop.is_set():
                 try:
                     line = stdin.readline()
-                except OSError:  # in the background of a shell there is nothing to read, but there may be again
+                except (
+                    OSError
+                ):  # in the background of a shell there is nothing to read, but there may be again
                     stop.wait(1)
                     continue
                 if not line:
-                    return announce("bot: the input has ended; what is written in the API is still repeated here")
+                    return announce(
+                        "bot: the input has ended; what is written in the API is still repeated here"
+                    )
                 self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
 
     def hear(self, text, stop):
@@ -1569,9 +1851,17 @@ def csp_hash(element):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-PAGE_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Referrer-Policy", "no-referrer"), ("Content-Security-Policy", (
-    f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"))]
+PAGE_HEADERS = [
+    ("Content-Type", "text/html; charset=utf-8"),
+    ("Referrer-Policy", "no-referrer"),
+    (
+        "Content-Security-Policy",
+        (
+            f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; connect-src 'self'; base-uri 'none'; "
+            "form-action 'none'; frame-ancestors 'none'"
+        ),
+    ),
+]
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
@@ -1588,7 +1878,11 @@ PUBLIC_DETAILS = {
     503: "The database cannot be used right now. Nothing was stored; try again in a few seconds.",
 }
 
-JSON_HEADERS = [("Content-Type", "application/json"), ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+JSON_HEADERS = [
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+]
 
 
 def to_json(value):
@@ -1600,7 +1894,9 @@ def as_json(body):
     for name, value in JSON_HEADERS:
         if name not in response.headers:
             response.set_header(name, value)
-    return b"" if body is None else body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
+    return (
+        b"" if body is None else body if isinstance(body, (bytes, GeneratorType)) else to_json(body)
+    )
 
 
 @app.hook("before_request")
@@ -1612,6 +1908,7 @@ def add_trailing_slash():
 
 def answer_json(route):
     """Bottle plugin: what a route returns goes out as JSON, what it fails with goes to the log."""
+
     @functools.wraps(route)
     def answer(*args, **kwargs):
         try:
@@ -1625,6 +1922,7 @@ def answer_json(route):
             log.exception("%s %r failed", request.method, request.path)
             raise HTTPError(500) from None
         return as_json(body)
+
     return answer
 
 
@@ -1636,9 +1934,19 @@ def answer_error(error):
     status = error.status_code
     if status == 405:
         return answer_wrong_method(error)
-    body = error.body if isinstance(error.body, dict) else {"detail": PUBLIC_DETAILS.get(status, error.status_line[4:])}
+    body = (
+        error.body
+        if isinstance(error.body, dict)
+        else {"detail": PUBLIC_DETAILS.get(status, error.status_line[4:])}
+    )
     if status in (401, 429):
-        log.warning("refused %s %r from %s: %s", request.method, request.path, client_address(), body["detail"])
+        log.warning(
+            "refused %s %r from %s: %s",
+            request.method,
+            request.path,
+            client_address(),
+            body["detail"],
+        )
     if status == 401:
         response.set_header("WWW-Authenticate", 'Bearer realm="api"')
     if status == 503:
@@ -1661,7 +1969,9 @@ def answer_wrong_method(error):
             refusal.apply(response)
             return answer_error(refusal)
     response.status = 204 if request.method == "OPTIONS" else 405
-    response.set_header("Allow", ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"]))
+    response.set_header(
+        "Allow", ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"])
+    )
     return as_json({"detail": f'Method "{request.method}" not allowed.'})
 
 
@@ -1684,15 +1994,34 @@ def sign_in():
     if scheme.lower() != "bearer":
         return None
     if len(rest) != 1:
-        raise HTTPError(401, {"detail": "Authorization header must contain two space-delimited values",
-                              "code": "bad_authorization_header"})
+        raise HTTPError(
+            401,
+            {
+                "detail": "Authorization header must contain two space-delimited values",
+                "code": "bad_authorization_header",
+            },
+        )
     try:
         claims = read_access_token(rest[0])
     except TokenError as error:
-        raise HTTPError(401, {"detail": "Given token not valid for any token type", "code": "token_not_valid", "messages": [
-            {"token_class": "AccessToken", "token_type": "access", "message": str(error)}]}) from None
+        raise HTTPError(
+            401,
+            {
+                "detail": "Given token not valid for any token type",
+                "code": "token_not_valid",
+                "messages": [
+                    {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
+                ],
+            },
+        ) from None
     if "user_id" not in claims:
-        raise HTTPError(401, {"detail": "Token contained no recognizable user identification", "code": "token_not_valid"})
+        raise HTTPError(
+            401,
+            {
+                "detail": "Token contained no recognizable user identification",
+                "code": "token_not_valid",
+            },
+        )
     user = token_user(claims)
     if user is None:
         raise HTTPError(401, {"detail": "User not found", "code": "user_not_found"})
@@ -1712,19 +2041,23 @@ def require_user():
 
 def signed_in(route):
     """Call the route with the signed-in user first."""
+
     @functools.wraps(route)
     def with_user(*args, **kwargs):
         return route(require_user(), *args, **kwargs)
+
     with_user.check_sign_in = require_user
     return with_user
 
 
 def signed_in_or_anonymous(route):
     """Anybody may call the route, but not with a wrong token."""
+
     @functools.wraps(route)
     def checked(*args, **kwargs):
         sign_in()
         return route(*args, **kwargs)
+
     checked.check_sign_in = sign_in
     return checked
 
@@ -1732,14 +2065,34 @@ def signed_in_or_anonymous(route):
 class Text:
     """A text field: what it takes, and Django REST framework's wording of what it does not."""
 
-    def __init__(self, max_length=None, required=True, tidy=None, pattern=None, pattern_error=None, example=None):
-        self.max_length, self.required, self.tidy, self.example = max_length, required, tidy, example
+    def __init__(
+        self,
+        max_length=None,
+        required=True,
+        tidy=None,
+        pattern=None,
+        pattern_error=None,
+        example=None,
+    ):
+        self.max_length, self.required, self.tidy, self.example = (
+            max_length,
+            required,
+            tidy,
+            example,
+        )
         self.pattern, self.pattern_error = pattern, pattern_error
 
     def describe(self):
         """The field's JSON schema."""
-        schema = {"type": ["string", "number"], "minLength": 1, "maxLength": self.max_length, "example": self.example,
-                  "pattern": f"^{self.pattern}$" if self.pattern else r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"}
+        schema = {
+            "type": ["string", "number"],
+            "minLength": 1,
+            "maxLength": self.max_length,
+            "example": self.example,
+            "pattern": f"^{self.pattern}$"
+            if self.pattern
+            else r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$",
+        }
         return {name: value for name, value in schema.items() if value is not None}
 
     def read(self, value):
@@ -1767,13 +2120,19 @@ class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
 
     def describe(self):
-        return {**super().describe(), "type": "string", "minLength": MIN_PASSWORD,
-                "pattern": r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"}
+        return {
+            **super().describe(),
+            "type": "string",
+            "minLength": MIN_PASSWORD,
+            "pattern": r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$",
+        }
 
     def read(self, value):
         text, errors = super().read(value)
         if not errors and len(text) < MIN_PASSWORD:
-            errors.append(f"This password is too short. It must contain at least {MIN_PASSWORD} characters.")
+            errors.append(
+                f"This password is too short. It must contain at least {MIN_PASSWORD} characters."
+            )
         if text and text.isdigit():
             errors.append("This password is entirely numeric.")
         return text, errors
@@ -1812,7 +2171,9 @@ class Moment:
                 raise ValueError
             seconds = datetime.fromisoformat(value.upper().replace("Z", "+00:00")).timestamp()
         except (TypeError, ValueError, OverflowError):
-            return None, ["Datetime has wrong format. Use this format instead: YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."]
+            return None, [
+                "Datetime has wrong format. Use this format instead: YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."
+            ]
         if seconds > now() + SEND_AHEAD_SECONDS:
             return None, [f"Ensure this is at most {SEND_AHEAD_SECONDS // 86_400} days ahead."]
         return seconds, []
@@ -1863,29 +2224,36 @@ def read_fields(fields, sent):
 
 def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
     """Call the route with the fields of the request's body. Answers 400 for what they do not take, 413 and 415 before."""
+
     def declare(route):
         @functools.wraps(route)
         def with_fields(*args, **kwargs):
             return route(*args, **kwargs, **read_fields(fields, read_body(max_body_bytes)))
+
         with_fields.fields = fields
         return with_fields
+
     return declare
 
 
 def asks(**fields):
     """Call the route with the fields of the request's query string."""
+
     def declare(route):
         @functools.wraps(route)
         def with_fields(*args, **kwargs):
             return route(*args, **kwargs, **read_fields(fields, request.query))
+
         with_fields.query_fields = fields
         return with_fields
+
     return declare
 
 
 def answers(status, schema, *refusals):
     """Declare what the route answers: the status when all went well, the JSON schema of that answer (None: no JSON), and the
     statuses it refuses with beside those that other declarations imply."""
+
     def declare(route):
         @functools.wraps(route)
         def with_status(*args, **kwargs):
@@ -1893,28 +2261,38 @@ def answers(status, schema, *refusals):
             if status != 200:
                 response.status = status
             return body
+
         with_status.answer, with_status.refusals = (status, schema), refusals
         return with_status
+
     return declare
 
 
 def read_body(max_bytes):
     """The fields of the request's body, JSON or a form, as a dict. Raises HTTPError 400, 413, 415."""
     if request.content_length > max_bytes:
-        raise HTTPError(413, {"detail": f"The request is too large: {max_bytes} bytes are the most."})
+        raise HTTPError(
+            413, {"detail": f"The request is too large: {max_bytes} bytes are the most."}
+        )
     if request.content_length <= 0:
         return {}
     media_type = request.content_type.split(";")[0].strip().lower()
     if media_type == "application/json":
         return read_json(request.body.read())
     if media_type == "application/x-www-form-urlencoded":
-        return Form(urllib.parse.parse_qsl(request.body.read().decode("utf-8", "replace"), keep_blank_values=True))
+        return Form(
+            urllib.parse.parse_qsl(
+                request.body.read().decode("utf-8", "replace"), keep_blank_values=True
+            )
+        )
     if media_type == "multipart/form-data":
         try:
             return Form(request.POST)
         except (HTTPError, ValueError, LookupError) as error:
             log.info("multipart form refused: %s", error)
-            raise HTTPError(400, {"detail": "Multipart form parse error - the body does not follow RFC 7578."}) from None
+            raise HTTPError(
+                400, {"detail": "Multipart form parse error - the body does not follow RFC 7578."}
+            ) from None
     raise HTTPError(415, {"detail": f'Unsupported media type "{request.content_type}" in request.'})
 
 
@@ -1928,8 +2306,14 @@ def read_json(body):
     if value is None:
         raise HTTPError(400, {"non_field_errors": ["No data provided"]})
     if not isinstance(value, dict):
-        raise HTTPError(400, {"non_field_errors": [
-            f"Invalid data. Expected a dictionary, but got {type(value).__name__}."]})
+        raise HTTPError(
+            400,
+            {
+                "non_field_errors": [
+                    f"Invalid data. Expected a dictionary, but got {type(value).__name__}."
+                ]
+            },
+        )
     return value
 
 
@@ -1950,7 +2334,11 @@ def answer_list(find_page_end, list_rows, args, after, before, limit):
     Few rows are answered whole, more are streamed in bounded memory. Where `limit` leaves some out, a Link header names the
     next page (RFC 8288).
     """
-    query = {name: value for name, value in (("after", after), ("before", before), ("limit", limit)) if value is not None}
+    query = {
+        name: value
+        for name, value in (("after", after), ("before", before), ("limit", limit))
+        if value is not None
+    }
     side = "after" if before is None or after is not None else "before"
     after, before = after or 0, MAX_ID if before is None else before
     if limit:
@@ -1958,7 +2346,9 @@ def answer_list(find_page_end, list_rows, args, after, before, limit):
         end = [row["id"] for row in find_page_end(connection(), *args, after, before, limit, order)]
         if len(end) == 2:  # the page's last row, and one more
             query[side] = end[0]
-            response.set_header("Link", f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"')
+            response.set_header(
+                "Link", f'<{request.path}?{urllib.parse.urlencode(query)}>; rel="next"'
+            )
             after, before = (after, end[1]) if side == "after" else (end[1], before)
     rows = list_rows(connection(), *args, after, before, LIST_PAGE_ROWS)
     if len(rows) < LIST_PAGE_ROWS:
@@ -1979,7 +2369,12 @@ def stream_rows(rows, list_rows, args, before):
 
 def an_object(**properties):
     """The JSON schema of an object that has all of these."""
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 ID = {"type": "integer", "minimum": 1, "example": 1}
@@ -1988,19 +2383,38 @@ A_TIME = {"type": "string", "format": "date-time", "example": "2026-11-23T18:08:
 A_JWT = {"type": "string", "example": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJ0b2tlbl90eXBlIjoi…"}
 USER = an_object(id=ID, username=A_NAME)
 MESSAGE = an_object(
-    id=ID, sender=A_NAME, recipient=A_NAME, text={"type": "string", "example": "Линия 4 остановлена"}, created_at=A_TIME,
-    source={"enum": ["api", "telegram"]}, delivery={
-        "enum": ["queued", "sent", "failed", "unlinked"], "description": "of the recipient's copy"})
+    id=ID,
+    sender=A_NAME,
+    recipient=A_NAME,
+    text={"type": "string", "example": "Линия 4 остановлена"},
+    created_at=A_TIME,
+    source={"enum": ["api", "telegram"]},
+    delivery={
+        "enum": ["queued", "sent", "failed", "unlinked"],
+        "description": "of the recipient's copy",
+    },
+)
 
-USERNAME = Text(MAX_USERNAME, tidy=tidy_username, example="alice", pattern=r"[\w.@+-]+", pattern_error=(
-    "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."))
+USERNAME = Text(
+    MAX_USERNAME,
+    tidy=tidy_username,
+    example="alice",
+    pattern=r"[\w.@+-]+",
+    pattern_error=(
+        "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ characters."
+    ),
+)
 NAME = Text(tidy=tidy_username, example="alice")  # of somebody who may not exist
 RECIPIENT = Text(tidy=tidy_username, example="alice", required=False)
 PASSWORD = Text(example="S3cure-pass-91")
 NEW_PASSWORD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
 TOKEN = Text(example=A_JWT["example"])
 MESSAGE_TEXT = Text(MAX_TEXT, example="Линия 4 остановлена")
-PAGING = {"after": Number(0, MAX_ID), "before": Number(0, MAX_ID), "limit": Number(1, MAX_PAGE_ROWS)}
+PAGING = {
+    "after": Number(0, MAX_ID),
+    "before": Number(0, MAX_ID),
+    "limit": Number(1, MAX_PAGE_ROWS),
+}
 
 
 @app.get("/")
@@ -2016,14 +2430,24 @@ def show_page():
 @answers(200, {"type": "object"})
 def show_openapi():
     """This description of the API, in OpenAPI 3.1."""
-    from_proxy = request.environ.get("REMOTE_ADDR") == settings.trusted_proxy  # else anybody might say https
+    from_proxy = (
+        request.environ.get("REMOTE_ADDR") == settings.trusted_proxy
+    )  # else anybody might say https
     scheme = request.urlparts.scheme if from_proxy else request.environ["wsgi.url_scheme"]
     return describe_api(f"{scheme}://{request.environ.get('HTTP_HOST', '')}")
 
 
 @app.get("/health/")
-@answers(200, an_object(status={"const": "ok"}, bot={"type": ["string", "null"], "example": "@factory_bot"},
-                        queued={"type": "integer"}, oldest_queued_seconds={"type": "number"}), 503)
+@answers(
+    200,
+    an_object(
+        status={"const": "ok"},
+        bot={"type": ["string", "null"], "example": "@factory_bot"},
+        queued={"type": "integer"},
+        oldest_queued_seconds={"type": "number"},
+    ),
+    503,
+)
 def show_health():
     """Whether the database answers, which bot speaks (null: Telegram was not reached yet), and how much it has still to say."""
     if may_not_wait():
@@ -2031,15 +2455,30 @@ def show_health():
     try:
         if not is_database_there():
             raise sqlite3.OperationalError("its file was removed or replaced")
-        with closing(sqlite3.connect(database_uri("ro"), uri=True)) as db:  # a new one: ours may answer from memory
+        with closing(
+            sqlite3.connect(database_uri("ro"), uri=True)
+        ) as db:  # a new one: ours may answer from memory
             db.row_factory = sqlite3.Row
             bot = find_bot(db, turns.bot_id)
             queued, oldest = count_waiting(db)
     except sqlite3.Error as error:
         log.error("the database does not answer: %s", error)
-        raise HTTPError(503, {"status": "error", "reason": f"The database does not answer: {error}."}) from None
-    name = "terminal" if turns.bot_id == Terminal.id else f"@{bot['username']}" if bot and bot["username"] else None
-    return {"status": "ok", "bot": name, "queued": queued, "oldest_queued_seconds": round(now() - oldest, 3) if queued else 0}
+        raise HTTPError(
+            503, {"status": "error", "reason": f"The database does not answer: {error}."}
+        ) from None
+    name = (
+        "terminal"
+        if turns.bot_id == Terminal.id
+        else f"@{bot['username']}"
+        if bot and bot["username"]
+        else None
+    )
+    return {
+        "status": "ok",
+        "bot": name,
+        "queued": queued,
+        "oldest_queued_seconds": round(now() - oldest, 3) if queued else 0,
+    }
 
 
 @app.post("/api/users/register/")
@@ -2048,7 +2487,9 @@ def show_health():
 @answers(201, USER, 401)
 def register(username, password):
     """Make an account."""
-    if find_user_by_name(connection(), username):  # or each of many tries would take the time of a hash
+    if find_user_by_name(
+        connection(), username
+    ):  # or each of many tries would take the time of a hash
         raise HTTPError(400, NAME_TAKEN)
     password_hash = hash_password(password)
     try:
@@ -2068,8 +2509,11 @@ def check_password(user_id, username, password, password_hash):
         raise MustHash
     address = client_address()
     if (wait := math.ceil(login_throttle.try_once(address, username))) > 0:
-        raise HTTPError(429, {"detail": f"Request was throttled. Expected available in {wait} seconds."},
-                        **{"Retry-After": str(wait)})
+        raise HTTPError(
+            429,
+            {"detail": f"Request was throttled. Expected available in {wait} seconds."},
+            **{"Retry-After": str(wait)},
+        )
     is_right = password_matches(password, password_hash) and user_id is not None
     if is_right:
         login_throttle.forgive(address, username)
@@ -2082,8 +2526,12 @@ def check_password(user_id, username, password, password_hash):
 def log_in(username, password):
     """Exchange name and password for a refresh and an access token."""
     user = find_user_by_name(connection(), username)
-    is_right = check_password(user and user["id"], username, password, user["password"] if user else nobodys_hash())
-    if not is_right or find_password(connection(), user["id"]) != user["password"]:  # it may have been changed meanwhile
+    is_right = check_password(
+        user and user["id"], username, password, user["password"] if user else nobodys_hash()
+    )
+    if (
+        not is_right or find_password(connection(), user["id"]) != user["password"]
+    ):  # it may have been changed meanwhile
         raise HTTPError(401, {"detail": "No active account found with the given credentials"})
     return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
 
@@ -2110,7 +2558,10 @@ def refresh_token(refresh):
     """Exchange a refresh token for a new access token."""
     _, user = read_live_token(refresh, "refresh")
     if user is None:
-        raise HTTPError(401, {"detail": "No active account found for the given token.", "code": "no_active_account"})
+        raise HTTPError(
+            401,
+            {"detail": "No active account found for the given token.", "code": "no_active_account"},
+        )
     return {"access": issue_token("access", user)}
 
 
@@ -2136,7 +2587,12 @@ def blacklist_token(refresh):
 
 @app.get("/api/users/get-telegram-token/")
 @signed_in
-@answers(200, an_object(telegram_token={"type": "string"}, expires_at=A_TIME, link={"type": ["string", "null"]}))
+@answers(
+    200,
+    an_object(
+        telegram_token={"type": "string"}, expires_at=A_TIME, link={"type": ["string", "null"]}
+    ),
+)
 def get_telegram_token(user):
     """A new one-time token that links a chat to the account; the earlier one is dead."""
     token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
@@ -2180,8 +2636,11 @@ def change_password(user, current_password, new_password):
 @answers(200, an_object(id=ID, username=A_NAME, telegram_linked={"type": "boolean"}))
 def show_account(user):
     """Who you are, and whether a chat is linked to you."""
-    return {"id": user["id"], "username": user["username"],
-            "telegram_linked": find_chat(connection(), user["id"]) is not None}
+    return {
+        "id": user["id"],
+        "username": user["username"],
+        "telegram_linked": find_chat(connection(), user["id"]) is not None,
+    }
 
 
 @app.get("/api/users/")
@@ -2195,7 +2654,9 @@ def list_all_users(user, **page):
 
 @app.post("/api/messages/")
 @signed_in
-@takes(MAX_MESSAGE_BODY_BYTES, text=MESSAGE_TEXT, recipient=RECIPIENT, silent=Flag(), send_at=Moment())
+@takes(
+    MAX_MESSAGE_BODY_BYTES, text=MESSAGE_TEXT, recipient=RECIPIENT, silent=Flag(), send_at=Moment()
+)
 @answers(201, MESSAGE, 422)
 def post_message(user, text, recipient, silent, send_at):
     """Store a message and queue its copies, together or not at all. With an Idempotency-Key, a retry stores nothing more."""
@@ -2227,9 +2688,14 @@ def read_idempotency_key():
 def replay(db, user, request_hash, earlier):
     """What was answered before to a request with this key. Raises HTTPError 422 when it was another request."""
     if earlier["request_hash"] != request_hash:
-        raise HTTPError(422, {"detail": "This Idempotency-Key was used for another message: take a new key."})
+        raise HTTPError(
+            422, {"detail": "This Idempotency-Key was used for another message: take a new key."}
+        )
     response.set_header("Idempotency-Replayed", "true")
-    return {**json.loads(find_message(db, earlier["message_id"], user["id"])), "delivery": earlier["delivery"]}
+    return {
+        **json.loads(find_message(db, earlier["message_id"], user["id"])),
+        "delivery": earlier["delivery"],
+    }
 
 
 @app.get("/api/messages/")
@@ -2258,10 +2724,20 @@ def describe_api(address):
     for route in app.routes:
         path = re.sub(r"<(\w+):[^>]+>", r"{\1}", route.rule)
         path = path.rstrip("/") if "." in path else path
-        paths.setdefault(path, {})[route.method.lower()] = describe_route(route.callback, re.findall(r"{(\w+)}", path))
-    return {"openapi": "3.1.0", "info": {"title": "FactoryApp", "version": "1.0.0", "description": __doc__.splitlines()[0]},
-            "servers": [{"url": address}], "paths": paths,
-            "components": {"securitySchemes": {"Bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}}}
+        paths.setdefault(path, {})[route.method.lower()] = describe_route(
+            route.callback, re.findall(r"{(\w+)}", path)
+        )
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "FactoryApp", "version": "1.0.0", "description": __doc__.splitlines()[0]},
+        "servers": [{"url": address}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {
+                "Bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+            }
+        },
+    }
 
 
 def describe_route(route, path_names):
@@ -2269,32 +2745,67 @@ def describe_route(route, path_names):
     status, schema = route.answer
     fields, query = getattr(route, "fields", {}), getattr(route, "query_fields", {})
     sign_in_check = getattr(route, "check_sign_in", None)
-    statuses = {500, 503, *route.refusals, *([400] if fields or query else []), *([413, 415] if fields else []),
-                *([401] if sign_in_check else [])}
+    statuses = {
+        500,
+        503,
+        *route.refusals,
+        *([400] if fields or query else []),
+        *([413, 415] if fields else []),
+        *([401] if sign_in_check else []),
+    }
     operation = {
-        "operationId": route.__name__, "summary": route.__doc__.split("\n")[0], "responses": {str(status): {"description": "done"}}}
+        "operationId": route.__name__,
+        "summary": route.__doc__.split("\n")[0],
+        "responses": {str(status): {"description": "done"}},
+    }
     if schema is not None:
         operation["responses"][str(status)]["content"] = {"application/json": {"schema": schema}}
     elif status == 200:
         operation["responses"]["200"]["content"] = {"text/html": {"schema": {"type": "string"}}}
     for refusal in sorted(statuses):
-        operation["responses"][str(refusal)] = {"description": HTTP_CODES[refusal], "content": {"application/json": {
-            "schema": {"type": "object"}}}}
-    for name, statuses_with_it in (("Link", [200] if "limit" in query else []), ("Retry-After", statuses & {429, 503}),
-                                   ("Idempotency-Replayed", [201] if hasattr(route, "headers") else [])):
+        operation["responses"][str(refusal)] = {
+            "description": HTTP_CODES[refusal],
+            "content": {"application/json": {"schema": {"type": "object"}}},
+        }
+    for name, statuses_with_it in (
+        ("Link", [200] if "limit" in query else []),
+        ("Retry-After", statuses & {429, 503}),
+        ("Idempotency-Replayed", [201] if hasattr(route, "headers") else []),
+    ):
         for with_it in statuses_with_it:
-            operation["responses"][str(with_it)].setdefault("headers", {})[name] = {"schema": {"type": "string"}}
+            operation["responses"][str(with_it)].setdefault("headers", {})[name] = {
+                "schema": {"type": "string"}
+            }
     if sign_in_check:
-        operation["security"] = [{"Bearer": []}] if sign_in_check is require_user else [{"Bearer": []}, {}]
+        operation["security"] = (
+            [{"Bearer": []}] if sign_in_check is require_user else [{"Bearer": []}, {}]
+        )
     operation["parameters"] = [
         *({"name": name, "in": "path", "required": True, "schema": ID} for name in path_names),
-        *({"name": name, "in": "query", "schema": field.describe()} for name, field in query.items()),
-        *({"name": name, "in": "header", "schema": header} for name, header in getattr(route, "headers", {}).items())]
+        *(
+            {"name": name, "in": "query", "schema": field.describe()}
+            for name, field in query.items()
+        ),
+        *(
+            {"name": name, "in": "header", "schema": header}
+            for name, header in getattr(route, "headers", {}).items()
+        ),
+    ]
     if fields:
-        body = {"schema": {"type": "object", "properties": {name: field.describe() for name, field in fields.items()},
-                           "required": [name for name, field in fields.items() if field.required]}}
-        operation["requestBody"] = {"required": True, "content": dict.fromkeys(
-            ("application/json", "application/x-www-form-urlencoded", "multipart/form-data"), body)}
+        body = {
+            "schema": {
+                "type": "object",
+                "properties": {name: field.describe() for name, field in fields.items()},
+                "required": [name for name, field in fields.items() if field.required],
+            }
+        }
+        operation["requestBody"] = {
+            "required": True,
+            "content": dict.fromkeys(
+                ("application/json", "application/x-www-form-urlencoded", "multipart/form-data"),
+                body,
+            ),
+        }
     return operation
 
 
@@ -2303,10 +2814,16 @@ class JsonErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        detail = PUBLIC_DETAILS[error.code] if error.code in (413, 500, 503) else f"{error.reason}: {error.body}"
+        detail = (
+            PUBLIC_DETAILS[error.code]
+            if error.code in (413, 500, 503)
+            else f"{error.reason}: {error.body}"
+        )
         body = to_json({"detail": detail})
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.extend([*JSON_HEADERS, *([("Retry-After", "5")] if error.code == 503 else [])])
+        self.response_headers.extend(
+            [*JSON_HEADERS, *([("Retry-After", "5")] if error.code == 503 else [])]
+        )
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -2405,7 +2922,9 @@ class Lanes:
         if not self.quick:
             return
         db, wrote = connection(), []
-        batch = sorted(self.quick, key=is_post)  # who reads, reads before: it might see what cannot be stored
+        batch = sorted(
+            self.quick, key=is_post
+        )  # who reads, reads before: it might see what cannot be stored
         self.quick.clear()
         local.patience, db.is_grouping = PATIENCE_SECONDS, True
         for channel in batch:
@@ -2440,18 +2959,32 @@ class Lanes:
 
 def log_requests(application):
     """The WSGI application, with a line in the log for each request."""
+
     def logged(environ, start_response):
-        started_at, path, status = time.perf_counter(), urllib.parse.quote(environ["PATH_INFO"], encoding="latin-1"), []
+        started_at, path, status = (
+            time.perf_counter(),
+            urllib.parse.quote(environ["PATH_INFO"], encoding="latin-1"),
+            [],
+        )
 
         def note_status(line, *args):
             status[:] = [line[:3]]
             return start_response(line, *args)
+
         try:
             return application(environ, note_status)
         finally:
             if status:  # else it is done again on another thread
-                log.info("%s %s %s %.1f ms, user %s, %s", environ["REQUEST_METHOD"], path, status[0],
-                         (time.perf_counter() - started_at) * 1000, environ.get("factoryapp.user_id", "-"), client_address())
+                log.info(
+                    "%s %s %s %.1f ms, user %s, %s",
+                    environ["REQUEST_METHOD"],
+                    path,
+                    status[0],
+                    (time.perf_counter() - started_at) * 1000,
+                    environ.get("factoryapp.user_id", "-"),
+                    client_address(),
+                )
+
     return logged
 
 
@@ -2460,9 +2993,17 @@ def make_server(sock):
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
     application = log_requests(app) if log.isEnabledFor(logging.INFO) else app
     server = waitress.create_server(
-        application, sockets=[sock], _dispatcher=Lanes(), ident=None, connection_limit=CONNECTIONS,
-        cleanup_interval=1, channel_timeout=60, max_request_body_size=MAX_MESSAGE_BODY_BYTES,
-        max_request_header_size=16 * 1024, clear_untrusted_proxy_headers=False)
+        application,
+        sockets=[sock],
+        _dispatcher=Lanes(),
+        ident=None,
+        connection_limit=CONNECTIONS,
+        cleanup_interval=1,
+        channel_timeout=60,
+        max_request_body_size=MAX_MESSAGE_BODY_BYTES,
+        max_request_header_size=16 * 1024,
+        clear_untrusted_proxy_headers=False,
+    )
 
     def close_slow_channels(at):
         type(server).maintenance(server, at)
@@ -2474,7 +3015,11 @@ def make_server(sock):
         if not may_not_wait():  # or it is awake
             type(server).pull_trigger(server)
 
-    server.channel_class, server.maintenance, server.pull_trigger = Channel, close_slow_channels, wake_loop
+    server.channel_class, server.maintenance, server.pull_trigger = (
+        Channel,
+        close_slow_channels,
+        wake_loop,
+    )
     return server
 
 
@@ -2499,36 +3044,71 @@ class Parser(argparse.ArgumentParser):
 def read_arguments(argv):
     """The command line, where the environment has not decided already. Raises BadSetting."""
     env = os.environ.get
-    parser = Parser(description="An HTTP API whose messages a Telegram bot repeats in linked chats.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""environment:
+    parser = Parser(
+        description="An HTTP API whose messages a Telegram bot repeats in linked chats.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""environment:
   FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY,
   FACTORYAPP_LOG_LEVEL  the same as the options; an option wins
   TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
   TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
-  FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start, kept in the database)""")
-    parser.add_argument("--host", default=env("FACTORYAPP_HOST", "127.0.0.1"), help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", default=env("FACTORYAPP_PORT", "8080"), help="port to listen on, 0 for any (default 8080)")
-    parser.add_argument("--db", default=env("FACTORYAPP_DB", "factoryapp.db"), help="database file (default factoryapp.db)")
-    parser.add_argument("--trusted-proxy", metavar="ADDRESS", default=env("FACTORYAPP_TRUSTED_PROXY"),
-                        help="address of a reverse proxy whose X-Forwarded-For is believed")
-    parser.add_argument("--log-level", default=env("FACTORYAPP_LOG_LEVEL"), help="least urgent lines to log to standard error: "
-                        "debug, info (a line a request), warning or error (default info; warning when the bot talks in "
-                        "this terminal, where the lines would come between you and it)")
+  FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start, kept in the database)""",
+    )
+    parser.add_argument(
+        "--host",
+        default=env("FACTORYAPP_HOST", "127.0.0.1"),
+        help="address to listen on (default 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--port",
+        default=env("FACTORYAPP_PORT", "8080"),
+        help="port to listen on, 0 for any (default 8080)",
+    )
+    parser.add_argument(
+        "--db",
+        default=env("FACTORYAPP_DB", "factoryapp.db"),
+        help="database file (default factoryapp.db)",
+    )
+    parser.add_argument(
+        "--trusted-proxy",
+        metavar="ADDRESS",
+        default=env("FACTORYAPP_TRUSTED_PROXY"),
+        help="address of a reverse proxy whose X-Forwarded-For is believed",
+    )
+    parser.add_argument(
+        "--log-level",
+        default=env("FACTORYAPP_LOG_LEVEL"),
+        help="least urgent lines to log to standard error: "
+        "debug, info (a line a request), warning or error (default info; warning when the bot talks in "
+        "this terminal, where the lines would come between you and it)",
+    )
     arguments = parser.parse_args(argv)
-    arguments.log_level = arguments.log_level or ("info" if env("TELEGRAM_BOT_TOKEN") else "warning")
+    arguments.log_level = arguments.log_level or (
+        "info" if env("TELEGRAM_BOT_TOKEN") else "warning"
+    )
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise BadSetting(f"The log level has to be debug, info, warning or error, not {arguments.log_level!r}: change --log-level "
-                         "or FACTORYAPP_LOG_LEVEL.")
+        raise BadSetting(
+            f"The log level has to be debug, info, warning or error, not {arguments.log_level!r}: change --log-level "
+            "or FACTORYAPP_LOG_LEVEL."
+        )
     try:
-        arguments.trusted_proxy = str(ipaddress.ip_address(arguments.trusted_proxy)) if arguments.trusted_proxy else None
+        arguments.trusted_proxy = (
+            str(ipaddress.ip_address(arguments.trusted_proxy)) if arguments.trusted_proxy else None
+        )
     except ValueError:
-        raise BadSetting(f"The trusted proxy has to be an IP address, not {arguments.trusted_proxy!r}: change --trusted-proxy or "
-                         "FACTORYAPP_TRUSTED_PROXY.") from None
+        raise BadSetting(
+            f"The trusted proxy has to be an IP address, not {arguments.trusted_proxy!r}: change --trusted-proxy or "
+            "FACTORYAPP_TRUSTED_PROXY."
+        ) from None
     for name in ("host", "db"):
         if not getattr(arguments, name):
-            raise BadSetting(f"The {name} is empty: give --{name} or FACTORYAPP_{name.upper()} a value, or leave it out.")
+            raise BadSetting(
+                f"The {name} is empty: give --{name} or FACTORYAPP_{name.upper()} a value, or leave it out."
+            )
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
-        raise BadSetting(f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port or FACTORYAPP_PORT.")
+        raise BadSetting(
+            f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port or FACTORYAPP_PORT."
+        )
     return arguments
 
 
@@ -2538,11 +3118,15 @@ def choose_home():
     if not token:
         return Terminal()
     if not re.fullmatch("[1-9][0-9]{0,17}:[A-Za-z0-9_-]+", token):
-        raise BadSetting("TELEGRAM_BOT_TOKEN is malformed: copy it whole from @BotFather, it looks like 123456789:AAE3xyz.")
+        raise BadSetting(
+            "TELEGRAM_BOT_TOKEN is malformed: copy it whole from @BotFather, it looks like 123456789:AAE3xyz."
+        )
     api_url = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
     try:
         parts = urllib.parse.urlsplit(api_url)
-        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # .port raises when it is no port
+        is_good = (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        )  # .port raises when it is no port
     except ValueError:
         is_good = False
     if not is_good:
@@ -2557,22 +3141,30 @@ def lock_database():
         os.chmod(lock.name, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BadSetting(f"FactoryApp is already running on the database {settings.db}: end that one, or name another file "
-                         "with --db.") from None
+        raise BadSetting(
+            f"FactoryApp is already running on the database {settings.db}: end that one, or name another file "
+            "with --db."
+        ) from None
     except OSError as error:
-        raise BadSetting(f"The database {settings.db} cannot be used ({error.strerror}): name a file in a folder that can be "
-                         "written with --db.") from None
+        raise BadSetting(
+            f"The database {settings.db} cannot be used ({error.strerror}): name a file in a folder that can be "
+            "written with --db."
+        ) from None
     return lock
 
 
 def listen(host, port):
     """A listening socket. Raises BadSetting when the address cannot be had."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
+        )
     except (OSError, ValueError, TypeError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (while")[0]
-        raise BadSetting(f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port, or end what uses "
-                         "it.") from None
+        raise BadSetting(
+            f"Cannot listen on {host} port {port} ({reason}): choose another --host or --port, or end what uses "
+            "it."
+        ) from None
 
 
 def main(argv=None):
@@ -2582,7 +3174,11 @@ def main(argv=None):
     files = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, files), most))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging._srcfile, logging.logThreads, logging.logProcesses = None, False, False  # "Optimization" in its HOWTO: we print none
+    logging._srcfile, logging.logThreads, logging.logProcesses = (
+        None,
+        False,
+        False,
+    )  # "Optimization" in its HOWTO: we print none
     for name in ("urllib3", "TeleBot"):  # they print URLs, and with them the bot's token
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).addHandler(logging.NullHandler())
@@ -2596,7 +3192,9 @@ def main(argv=None):
         settings.trusted_proxy = arguments.trusted_proxy
         settings.secret = os.fsencode(os.environ.get("FACTORYAPP_SECRET", "")) or None
         if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
-            raise BadSetting(f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave it out.")
+            raise BadSetting(
+                f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave it out."
+            )
         home = choose_home()
         check_store()
         lock = lock_database()
@@ -2615,17 +3213,29 @@ def main(argv=None):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    signal.signal(signal.SIGTTIN, signal.SIG_IGN)  # or reading the terminal from the background would stop the process
+    signal.signal(
+        signal.SIGTTIN, signal.SIG_IGN
+    )  # or reading the terminal from the background would stop the process
     turns.open(home.id, list_queues(connection(), home.id))
     host, port = sock.getsockname()[:2]
-    announce(f"FactoryApp listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)\n"
-             f"database: {settings.db}")
+    announce(
+        f"FactoryApp listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)\n"
+        f"database: {settings.db}"
+    )
     if isinstance(home, Terminal):
-        announce("bot: this terminal; type what you would write to it in Telegram, /start to begin with")
+        announce(
+            "bot: this terminal; type what you would write to it in Telegram, /start to begin with"
+        )
     else:
         announce("bot: on Telegram, not reached yet")
-    senders = [threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True) for n in range(SENDERS)]
-    for worker in (threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True), *senders):
+    senders = [
+        threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True)
+        for n in range(SENDERS)
+    ]
+    for worker in (
+        threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True),
+        *senders,
+    ):
         worker.start()
     serve(server, stop)
     sock.close()

@@ -1,4 +1,5 @@
 """Tests through the front doors: WebTest for HTTP, a small real Bot API server on loopback for Telegram, the program itself."""
+
 import base64
 import hashlib
 import json
@@ -26,8 +27,12 @@ import jwt
 import pytest
 import requests
 
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # "long", see only_when_asked_for
-warnings.filterwarnings("ignore", message="'cgi' is deprecated")  # webtest's WebOb, on Python 3.11 and 3.12
+warnings.filterwarnings(
+    "ignore", category=pytest.PytestUnknownMarkWarning
+)  # "long", see only_when_asked_for
+warnings.filterwarnings(
+    "ignore", message="'cgi' is deprecated"
+)  # webtest's WebOb, on Python 3.11 and 3.12
 from webtest import TestApp  # noqa: E402
 
 import factoryapp  # noqa: E402
@@ -49,7 +54,9 @@ class BotApi:
         self.sent = []  # (chat id, text) that it accepted, in order
         self.silent = []  # of each of these, whether it comes without a sound
         self.attempts = []  # (time, chat id, text) that reached it, in order
-        self.failures = defaultdict(deque)  # method or chat id: what the next calls get instead of an answer
+        self.failures = defaultdict(
+            deque
+        )  # method or chat id: what the next calls get instead of an answer
         self.polls = 0
         self.changed = threading.Condition()
         self.is_open = True
@@ -67,9 +74,14 @@ class BotApi:
                 parameters = dict(parse_qsl(url.query) + parse_qsl(body, keep_blank_values=True))
                 token, _, method = url.path.removeprefix("/bot").partition("/")
                 if token != BOT_TOKEN:
-                    return self.answer({"ok": False, "error_code": 401, "description": "Unauthorized"}, 401)
+                    return self.answer(
+                        {"ok": False, "error_code": 401, "description": "Unauthorized"}, 401
+                    )
                 if len(self.path) > 2000:
-                    return self.answer({"ok": False, "error_code": 414, "description": "Request-URI Too Large"}, 414)
+                    return self.answer(
+                        {"ok": False, "error_code": 414, "description": "Request-URI Too Large"},
+                        414,
+                    )
                 self.fail_or(getattr(bot_api, method), parameters, method)
 
             do_POST = do_GET
@@ -86,13 +98,17 @@ class BotApi:
                 if failure is None:
                     return self.answer({"ok": True, "result": method(parameters)})
                 if failure == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    self.connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+                    )
                     self.close_connection = True
                     return self.connection.close()
                 if failure == "lost":  # it was sent, but nobody is told
                     method(parameters)
                     failure = 3
-                if isinstance(failure, (int, float)):  # hang so many seconds, then close without a word
+                if isinstance(
+                    failure, (int, float)
+                ):  # hang so many seconds, then close without a word
                     time.sleep(failure)
                     self.close_connection = True
                 elif isinstance(failure, dict) and failure.get("ok"):
@@ -126,7 +142,9 @@ class BotApi:
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def close(self):
         with self.changed:
@@ -136,7 +154,12 @@ class BotApi:
         self.server.server_close()
 
     def getMe(self, parameters):
-        return {"id": BOT_ID, "is_bot": True, "first_name": "Factory", "username": "factory_test_bot"}
+        return {
+            "id": BOT_ID,
+            "is_bot": True,
+            "first_name": "Factory",
+            "username": "factory_test_bot",
+        }
 
     def deleteWebhook(self, parameters):
         return True
@@ -149,9 +172,13 @@ class BotApi:
         with self.changed:
             self.polls += 1
             if "offset" in parameters:
-                self.updates = [u for u in self.updates if u["update_id"] >= int(parameters["offset"])]
+                self.updates = [
+                    u for u in self.updates if u["update_id"] >= int(parameters["offset"])
+                ]
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.updates or not self.is_open, float(parameters["timeout"]))
+            self.changed.wait_for(
+                lambda: self.updates or not self.is_open, float(parameters["timeout"])
+            )
             return self.updates[:100]
 
     def sendMessage(self, parameters):
@@ -162,16 +189,33 @@ class BotApi:
             self.sent.append((chat_id, text))
             self.silent.append(parameters.get("disable_notification") == "True")
             self.changed.notify_all()
-            return {"message_id": len(self.sent), "date": 0, "chat": {"id": chat_id, "type": "private"}, "text": text}
+            return {
+                "message_id": len(self.sent),
+                "date": 0,
+                "chat": {"id": chat_id, "type": "private"},
+                "text": text,
+            }
 
-    def write(self, chat_id, text=None, reply_to=None, chat_type="private", kind="message", **content):
+    def write(
+        self, chat_id, text=None, reply_to=None, chat_type="private", kind="message", **content
+    ):
         """Somebody writes to the bot in Telegram."""
         chat = {"id": chat_id, "type": chat_type}
-        message = {"message_id": 5000, "date": 0, "chat": chat, **({"text": text} if text is not None else content)}
+        message = {
+            "message_id": 5000,
+            "date": 0,
+            "chat": chat,
+            **({"text": text} if text is not None else content),
+        }
         if chat_type == "private":
             message["from"] = {"id": chat_id, "is_bot": False, "first_name": "Somebody"}
         if reply_to:
-            message["reply_to_message"] = {"message_id": reply_to, "date": 0, "chat": chat, "text": "…"}
+            message["reply_to_message"] = {
+                "message_id": reply_to,
+                "date": 0,
+                "chat": chat,
+                "text": "…",
+            }
         self.push({kind: message})
 
     def push(self, update):
@@ -195,18 +239,39 @@ class BotApi:
 @pytest.fixture(autouse=True)
 def only_loopback(monkeypatch):
     """Telegram itself cannot be reached from a test."""
-    for name in [n for n in os.environ if n.startswith(("TELEGRAM_", "FACTORYAPP_")) or n.lower().endswith("_proxy")]:
+    for name in [
+        n
+        for n in os.environ
+        if n.startswith(("TELEGRAM_", "FACTORYAPP_")) or n.lower().endswith("_proxy")
+    ]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TELEGRAM_API_URL", "http://127.0.0.1:9")  # inherited by every process a test starts
+    monkeypatch.setenv(
+        "TELEGRAM_API_URL", "http://127.0.0.1:9"
+    )  # inherited by every process a test starts
     connect = socket.socket.connect
 
     def connect_to_loopback(sock, address):
-        if sock.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "127.0.0.1",
+            "::1",
+        ):
             raise OSError(f"a test tried to reach {address}")
         return connect(sock, address)
+
     monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *a, **k: [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host if host == "127.0.0.1" else "203.0.113.1", port))])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, port, *a, **k: [
+            (
+                socket.AF_INET,
+                socket.SOCK_STREAM,
+                6,
+                "",
+                (host if host == "127.0.0.1" else "203.0.113.1", port),
+            )
+        ],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -230,12 +295,14 @@ def http(tmp_path, monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """The time, which moves only when told to."""
+
     class Clock:
         seconds = ticks = 1_800_000_000.0
 
         def move(self, seconds):
             self.seconds += seconds
             self.ticks += max(seconds, 0)
+
     clock = Clock()
     monkeypatch.setattr(factoryapp, "now", lambda: clock.seconds)
     monkeypatch.setattr(factoryapp, "ticks", lambda: clock.ticks)
@@ -266,7 +333,9 @@ def bot_api():
 @pytest.fixture
 def telegram(http, bot_api, monkeypatch):
     """The bot's Telegram home on the loopback Bot API; no thread runs, tests call poll() and deliver_next()."""
-    monkeypatch.setattr(factoryapp, "SENDS_BURST", factoryapp.SENDS_PER_SECOND)  # or tests would have to wait for each other
+    monkeypatch.setattr(
+        factoryapp, "SENDS_BURST", factoryapp.SENDS_PER_SECOND
+    )  # or tests would have to wait for each other
     home = factoryapp.Telegram(BOT_TOKEN, bot_api.url)
     factoryapp.turns.open(home.id, ())
     home.introduce()
@@ -278,8 +347,10 @@ def running(telegram):
     """The same with its polling thread and senders at work."""
     stop = threading.Event()
     threads = [threading.Thread(target=telegram.run, args=(stop,), daemon=True)]
-    threads += [threading.Thread(target=factoryapp.run_outbox, args=(telegram, stop), daemon=True)
-                for _ in range(factoryapp.SENDERS)]
+    threads += [
+        threading.Thread(target=factoryapp.run_outbox, args=(telegram, stop), daemon=True)
+        for _ in range(factoryapp.SENDERS)
+    ]
     for thread in threads:
         thread.start()
     yield telegram
@@ -296,9 +367,21 @@ class Program:
     def __init__(self, folder, *arguments, preexec_fn=None, **env):
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "factoryapp.py"), "--port", "0", "--db", str(folder / "factoryapp.db"), *arguments],
-            env={**os.environ, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(folder / "log", "ab"),
-            preexec_fn=preexec_fn)
+            [
+                sys.executable,
+                str(HERE / "factoryapp.py"),
+                "--port",
+                "0",
+                "--db",
+                str(folder / "factoryapp.db"),
+                *arguments,
+            ],
+            env={**os.environ, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(folder / "log", "ab"),
+            preexec_fn=preexec_fn,
+        )
         self.said = ""
         self.url = "http://" + self.wait_for(r"listens on http://(\S+)")[1]
 
@@ -306,7 +389,9 @@ class Program:
         """Read what it prints until the pattern is there."""
         ends_at = time.monotonic() + seconds
         while not (match := re.search(pattern, self.said)):
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0, ends_at - time.monotonic()))
+            ready, _, _ = select.select(
+                [self.process.stdout], [], [], max(0, ends_at - time.monotonic())
+            )
             chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             assert chunk, f"no {pattern!r} in {self.said!r}"
             self.said += chunk.decode()
@@ -335,6 +420,7 @@ def start(tmp_path):
     def start(*arguments, **env):
         programs.append(Program(tmp_path, *arguments, **env))
         return programs[-1]
+
     yield start
     for program in programs:
         if program.process.poll() is None:
@@ -417,16 +503,32 @@ def test_ci_runs_the_test_command_of_the_readme():
 # --- Long texts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [
-    "я" * 16_384, "слово " * 2000, "строка\n" * 2000, "👨‍👩‍👧‍👦" * 1500, "🇷🇺" * 5000, "é" * 6000, "👍🏽" * 4000,
-    "각" * 4000, "क्षि" * 3000, "a" + "\u0301" * 9000, " \n" * 100 + "x" + "\r\n" * 5000, "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "я" * 16_384,
+        "слово " * 2000,
+        "строка\n" * 2000,
+        "👨‍👩‍👧‍👦" * 1500,
+        "🇷🇺" * 5000,
+        "é" * 6000,
+        "👍🏽" * 4000,
+        "각" * 4000,
+        "क्षि" * 3000,
+        "a" + "\u0301" * 9000,
+        " \n" * 100 + "x" + "\r\n" * 5000,
+        "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 1000,
+    ],
+)
 def test_long_text_is_split_without_loss_between_characters(text):
     parts = factoryapp.split_text(text)
     assert all(0 < len(part) <= 4096 and part.strip() for part in parts)
     assert "".join(parts).rstrip() == text.rstrip()
     for part in parts[1:]:
         assert not part.startswith(("\u200d", "\ufe0f", "🏽", "\U000e0067")) or text[:1] == "a"
-        assert not unicodedata.combining(part[0]) or text[:1] == "a"  # nothing but accents: there is no good place
+        assert (
+            not unicodedata.combining(part[0]) or text[:1] == "a"
+        )  # nothing but accents: there is no good place
     if text[0] == "🇷":
         assert all(len(part) % 2 == 0 for part in parts)
     if text[0] in "сc" and len(parts) > 1:
@@ -454,6 +556,7 @@ def test_no_more_than_two_passwords_are_hashed_at_once(http, monkeypatch):
         time.sleep(0.02)
         at_work.pop()
         return real(*args, **kwargs)
+
     monkeypatch.setattr(factoryapp.hashlib, "scrypt", counted)
     threads = [threading.Thread(target=factoryapp.hash_password, args=("x",)) for _ in range(8)]
     for thread in threads:
@@ -470,12 +573,16 @@ def test_access_token_lives_5_minutes_and_refresh_token_a_day(http, clock):
     clock.move(299)
     http.get("/api/users/", headers=headers)
     clock.move(1)
-    assert http.get("/api/users/", headers=headers, status=401).json["messages"][0]["message"] == "Token is expired"
+    assert (
+        http.get("/api/users/", headers=headers, status=401).json["messages"][0]["message"]
+        == "Token is expired"
+    )
     clock.move(24 * 3600 - 301)
     http.post_json("/auth/token/refresh/", {"refresh": tokens["refresh"]})
     clock.move(1)
-    assert http.post_json("/auth/token/refresh/", {"refresh": tokens["refresh"]}, status=401).json == {
-        "detail": "Token is expired", "code": "token_not_valid"}
+    assert http.post_json(
+        "/auth/token/refresh/", {"refresh": tokens["refresh"]}, status=401
+    ).json == {"detail": "Token is expired", "code": "token_not_valid"}
 
 
 def test_claims_are_those_of_simplejwt(http):
@@ -499,42 +606,106 @@ BLANK = '{"username":["This field may not be blank."],"password":["This field ma
 NULL = '{"username":["This field may not be null."],"password":["This field may not be null."]}'
 
 
-@pytest.mark.parametrize("sent, media_type, status, answer", [
-    ('{"username": "anna", "password": "S3cure-pass-91"}', JSON, 201, '{"id":2,"username":"anna"}'),
-    ('{"username": "alice", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
-    ('{"username": " \\uff41lice ", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
-    ("{}", JSON, 400, REQUIRED),
-    ('{"username": "", "password": ""}', JSON, 400, BLANK),
-    ('{"username": "  ", "password": "  "}', JSON, 400, BLANK),
-    ('{"username": null, "password": null}', JSON, 400, NULL),
-    ('{"username": ["a"], "password": {"a": 1}}', JSON, 400,
-     '{"username":["Not a valid string."],"password":["Not a valid string."]}'),
-    ('{"username": "a b!", "password": "S3cure-pass-91"}', JSON, 400, '{"username":["%s"]}' % ONLY_LETTERS),
-    ('{"username": "%s", "password": "S3cure-pass-91"}' % ("a" * 151), JSON, 400,
-     '{"username":["Ensure this field has no more than 150 characters."]}'),
-    ('{"username": "a\\u0000b", "password": "S3cure-pass-91"}', JSON, 400,
-     '{"username":["%s","Null characters are not allowed."]}' % ONLY_LETTERS),
-    ('{"username":"ab\\ud800","password":"S3cure-pass-91"}', JSON, 400,
-     '{"username":["%s","Surrogate characters are not allowed: U+D800."]}' % ONLY_LETTERS),
-    ('{"username": "anna", "password": "12345"}', JSON, 400,
-     '{"password":["This password is too short. It must contain at least 8 characters.","This password is entirely numeric."]}'),
-    ("[1, 2]", JSON, 400, '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}'),
-    ("null", JSON, 400, '{"non_field_errors":["No data provided"]}'),
-    ('{"username":', JSON, 400, '{"detail":"JSON parse error - Expecting value: line 1 column 13 (char 12)"}'),
-    ('{"username":NaN}', JSON, 400,
-     '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'NaN\'"}'),
-    (b'{"username":"\xff\xfe"}', JSON, 400,
-     '{"detail":"JSON parse error - \'utf-8\' codec can\'t decode byte 0xff in position 13: invalid start byte"}'),
-    ("", JSON, 400, REQUIRED),
-    ("", "text/plain", 400, REQUIRED),
-    ("hi", "text/plain", 415, '{"detail":"Unsupported media type \\"text/plain\\" in request."}'),
-    ("username=anna&password=S3cure-pass-91", FORM, 201, '{"id":2,"username":"anna"}'),
-    ('{"username": "anna", "password": "S3cure-pass-91", "is_superuser": true, "id": 77}', JSON, 201,
-     '{"id":2,"username":"anna"}'),
-    ('{"username": "Иван", "password": "S3cure-pass-91"}'.encode(), "application/json; charset=utf-8", 201,
-     '{"id":2,"username":"Иван"}'),
-    ('{"username": 5, "password": "S3cure-pass-91"}', JSON, 201, '{"id":2,"username":"5"}'),
-])
+@pytest.mark.parametrize(
+    "sent, media_type, status, answer",
+    [
+        (
+            '{"username": "anna", "password": "S3cure-pass-91"}',
+            JSON,
+            201,
+            '{"id":2,"username":"anna"}',
+        ),
+        ('{"username": "alice", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
+        ('{"username": " \\uff41lice ", "password": "S3cure-pass-91"}', JSON, 400, TAKEN),
+        ("{}", JSON, 400, REQUIRED),
+        ('{"username": "", "password": ""}', JSON, 400, BLANK),
+        ('{"username": "  ", "password": "  "}', JSON, 400, BLANK),
+        ('{"username": null, "password": null}', JSON, 400, NULL),
+        (
+            '{"username": ["a"], "password": {"a": 1}}',
+            JSON,
+            400,
+            '{"username":["Not a valid string."],"password":["Not a valid string."]}',
+        ),
+        (
+            '{"username": "a b!", "password": "S3cure-pass-91"}',
+            JSON,
+            400,
+            '{"username":["%s"]}' % ONLY_LETTERS,
+        ),
+        (
+            '{"username": "%s", "password": "S3cure-pass-91"}' % ("a" * 151),
+            JSON,
+            400,
+            '{"username":["Ensure this field has no more than 150 characters."]}',
+        ),
+        (
+            '{"username": "a\\u0000b", "password": "S3cure-pass-91"}',
+            JSON,
+            400,
+            '{"username":["%s","Null characters are not allowed."]}' % ONLY_LETTERS,
+        ),
+        (
+            '{"username":"ab\\ud800","password":"S3cure-pass-91"}',
+            JSON,
+            400,
+            '{"username":["%s","Surrogate characters are not allowed: U+D800."]}' % ONLY_LETTERS,
+        ),
+        (
+            '{"username": "anna", "password": "12345"}',
+            JSON,
+            400,
+            '{"password":["This password is too short. It must contain at least 8 characters.","This password is entirely numeric."]}',
+        ),
+        (
+            "[1, 2]",
+            JSON,
+            400,
+            '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}',
+        ),
+        ("null", JSON, 400, '{"non_field_errors":["No data provided"]}'),
+        (
+            '{"username":',
+            JSON,
+            400,
+            '{"detail":"JSON parse error - Expecting value: line 1 column 13 (char 12)"}',
+        ),
+        (
+            '{"username":NaN}',
+            JSON,
+            400,
+            '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'NaN\'"}',
+        ),
+        (
+            b'{"username":"\xff\xfe"}',
+            JSON,
+            400,
+            '{"detail":"JSON parse error - \'utf-8\' codec can\'t decode byte 0xff in position 13: invalid start byte"}',
+        ),
+        ("", JSON, 400, REQUIRED),
+        ("", "text/plain", 400, REQUIRED),
+        (
+            "hi",
+            "text/plain",
+            415,
+            '{"detail":"Unsupported media type \\"text/plain\\" in request."}',
+        ),
+        ("username=anna&password=S3cure-pass-91", FORM, 201, '{"id":2,"username":"anna"}'),
+        (
+            '{"username": "anna", "password": "S3cure-pass-91", "is_superuser": true, "id": 77}',
+            JSON,
+            201,
+            '{"id":2,"username":"anna"}',
+        ),
+        (
+            '{"username": "Иван", "password": "S3cure-pass-91"}'.encode(),
+            "application/json; charset=utf-8",
+            201,
+            '{"id":2,"username":"Иван"}',
+        ),
+        ('{"username": 5, "password": "S3cure-pass-91"}', JSON, 201, '{"id":2,"username":"5"}'),
+    ],
+)
 def test_registration_answers_as_the_original(http, sent, media_type, status, answer):
     register(http, "alice")
     response = http.post("/api/users/register/", sent, content_type=media_type, status=status)
@@ -543,42 +714,97 @@ def test_registration_answers_as_the_original(http, sent, media_type, status, an
 
 
 def test_multipart_form_is_read(http):
-    response = http.post("/api/users/register/", {"username": "Анна", "password": PASSWORD}, upload_files=[("x", "x.txt", b"x")])
+    response = http.post(
+        "/api/users/register/",
+        {"username": "Анна", "password": PASSWORD},
+        upload_files=[("x", "x.txt", b"x")],
+    )
     assert response.json == {"id": 1, "username": "Анна"}
 
 
-@pytest.mark.parametrize("path, sent, status, answer", [
-    ("/auth/token/", {"username": "alice", "password": "nope"}, 401,
-     '{"detail":"No active account found with the given credentials"}'),
-    ("/auth/token/", {"username": "nobody", "password": "nope"}, 401,
-     '{"detail":"No active account found with the given credentials"}'),
-    ("/auth/token/", {}, 400, REQUIRED),
-    ("/auth/token/", {"username": "", "password": ""}, 400, BLANK),
-    ("/auth/token/refresh/", {}, 400, '{"refresh":["This field is required."]}'),
-    ("/auth/token/refresh/", {"refresh": None}, 400, '{"refresh":["This field may not be null."]}'),
-    ("/auth/token/refresh/", [1], 400, '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}'),
-    ("/auth/token/refresh/", {"refresh": "junk"}, 401, '{"detail":"Token is invalid","code":"token_not_valid"}'),
-    ("/auth/token/refresh/", {"refresh": "ACCESS"}, 401, '{"detail":"Token has wrong type","code":"token_not_valid"}'),
-    ("/auth/token/verify/", {"token": "ACCESS"}, 200, "{}"),
-    ("/auth/token/verify/", {"token": "REFRESH"}, 200, "{}"),
-    ("/auth/token/verify/", {"token": "junk"}, 401, '{"detail":"Token is invalid","code":"token_not_valid"}'),
-    ("/auth/token/blacklist/", {"refresh": "REFRESH"}, 200, "{}"),
-    ("/auth/token/blacklist/", {"refresh": "ACCESS"}, 401, '{"detail":"Token has wrong type","code":"token_not_valid"}'),
-])
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer junk"}])  # the token views ignore that header
+@pytest.mark.parametrize(
+    "path, sent, status, answer",
+    [
+        (
+            "/auth/token/",
+            {"username": "alice", "password": "nope"},
+            401,
+            '{"detail":"No active account found with the given credentials"}',
+        ),
+        (
+            "/auth/token/",
+            {"username": "nobody", "password": "nope"},
+            401,
+            '{"detail":"No active account found with the given credentials"}',
+        ),
+        ("/auth/token/", {}, 400, REQUIRED),
+        ("/auth/token/", {"username": "", "password": ""}, 400, BLANK),
+        ("/auth/token/refresh/", {}, 400, '{"refresh":["This field is required."]}'),
+        (
+            "/auth/token/refresh/",
+            {"refresh": None},
+            400,
+            '{"refresh":["This field may not be null."]}',
+        ),
+        (
+            "/auth/token/refresh/",
+            [1],
+            400,
+            '{"non_field_errors":["Invalid data. Expected a dictionary, but got list."]}',
+        ),
+        (
+            "/auth/token/refresh/",
+            {"refresh": "junk"},
+            401,
+            '{"detail":"Token is invalid","code":"token_not_valid"}',
+        ),
+        (
+            "/auth/token/refresh/",
+            {"refresh": "ACCESS"},
+            401,
+            '{"detail":"Token has wrong type","code":"token_not_valid"}',
+        ),
+        ("/auth/token/verify/", {"token": "ACCESS"}, 200, "{}"),
+        ("/auth/token/verify/", {"token": "REFRESH"}, 200, "{}"),
+        (
+            "/auth/token/verify/",
+            {"token": "junk"},
+            401,
+            '{"detail":"Token is invalid","code":"token_not_valid"}',
+        ),
+        ("/auth/token/blacklist/", {"refresh": "REFRESH"}, 200, "{}"),
+        (
+            "/auth/token/blacklist/",
+            {"refresh": "ACCESS"},
+            401,
+            '{"detail":"Token has wrong type","code":"token_not_valid"}',
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer junk"}]
+)  # the token views ignore that header
 def test_token_views_answer_as_the_original(http, path, sent, status, answer, headers):
     register(http, "alice")
-    tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}, headers=headers).json
+    tokens = http.post_json(
+        "/auth/token/", {"username": "alice", "password": PASSWORD}, headers=headers
+    ).json
     assert list(tokens) == ["refresh", "access"]
-    text = json.dumps(sent).replace("ACCESS", tokens["access"]).replace("REFRESH", tokens["refresh"])
+    text = (
+        json.dumps(sent).replace("ACCESS", tokens["access"]).replace("REFRESH", tokens["refresh"])
+    )
     response = http.post(path, text, content_type=JSON, headers=headers, status=status)
     assert response.body.decode() == answer
-    assert response.headers.get("WWW-Authenticate") == ('Bearer realm="api"' if status == 401 else None)
+    assert response.headers.get("WWW-Authenticate") == (
+        'Bearer realm="api"' if status == 401 else None
+    )
 
 
 def test_refresh_makes_an_access_token_until_it_is_blacklisted(http):
     register(http, "alice")
-    refresh = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json["refresh"]
+    refresh = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json[
+        "refresh"
+    ]
     answer = http.post_json("/auth/token/refresh/", {"refresh": refresh}).json
     assert list(answer) == ["access"]
     http.get("/api/users/", headers={"Authorization": f"Bearer {answer['access']}"})
@@ -590,47 +816,83 @@ def test_refresh_makes_an_access_token_until_it_is_blacklisted(http):
 
 
 def not_for_any(message):
-    return {"detail": "Given token not valid for any token type", "code": "token_not_valid",
-            "messages": [{"token_class": "AccessToken", "token_type": "access", "message": message}]}
+    return {
+        "detail": "Given token not valid for any token type",
+        "code": "token_not_valid",
+        "messages": [{"token_class": "AccessToken", "token_type": "access", "message": message}],
+    }
 
 
 NO_CREDENTIALS = {"detail": "Authentication credentials were not provided."}
-TWO_VALUES = {"detail": "Authorization header must contain two space-delimited values", "code": "bad_authorization_header"}
-NO_USER_ID = {"detail": "Token contained no recognizable user identification", "code": "token_not_valid"}
+TWO_VALUES = {
+    "detail": "Authorization header must contain two space-delimited values",
+    "code": "bad_authorization_header",
+}
+NO_USER_ID = {
+    "detail": "Token contained no recognizable user identification",
+    "code": "token_not_valid",
+}
 NO_USER = {"detail": "User not found", "code": "user_not_found"}
 LATER = 4_000_000_000
 
 
-@pytest.mark.filterwarnings("ignore::jwt.warnings.InsecureKeyLengthWarning")  # we sign with HS512 what is to be refused
-@pytest.mark.parametrize("header, answer", [
-    (None, NO_CREDENTIALS), ("Basic YTpi", NO_CREDENTIALS), ("", NO_CREDENTIALS),
-    ("Bearer", TWO_VALUES), ("Bearer a b", TWO_VALUES), ("bearer junk", not_for_any("Token is invalid")),
-    ("Bearer junk", not_for_any("Token is invalid")), ("Bearer \xff\xfe", not_for_any("Token is invalid")),
-    ({"alg": "none"}, not_for_any("Token is invalid")),
-    ({"key": b"another key that is long enough to sign"}, not_for_any("Token is invalid")),
-    ({"alg": "HS512"}, not_for_any("Token is invalid")),
-    ({"token_type": "refresh"}, not_for_any("Token has wrong type")),
-    ({"token_type": None}, not_for_any("Token has wrong type")),
-    ({"token_type": ...}, not_for_any("Token has no type")),
-    ({"exp": 1}, not_for_any("Token is expired")),
-    ({"exp": ...}, not_for_any("Token has no 'exp' claim")),
-    ({"exp": "soon"}, not_for_any("Token is invalid")), ({"exp": [1]}, not_for_any("Token is invalid")),
-    ({"exp": float("inf")}, not_for_any("Token is invalid")), ({"exp": 2**70}, not_for_any("Token is invalid")), ({"iat": LATER}, not_for_any("Token is invalid")),
-    ({"jti": ...}, not_for_any("Token has no id")),
-    ({"user_id": ...}, NO_USER_ID),
-    *[({"user_id": odd}, NO_USER) for odd in ("77", "", "-1", "1e3", "９", None, [1], {}, True, 2**63, "9" * 400)],
-])
+@pytest.mark.filterwarnings(
+    "ignore::jwt.warnings.InsecureKeyLengthWarning"
+)  # we sign with HS512 what is to be refused
+@pytest.mark.parametrize(
+    "header, answer",
+    [
+        (None, NO_CREDENTIALS),
+        ("Basic YTpi", NO_CREDENTIALS),
+        ("", NO_CREDENTIALS),
+        ("Bearer", TWO_VALUES),
+        ("Bearer a b", TWO_VALUES),
+        ("bearer junk", not_for_any("Token is invalid")),
+        ("Bearer junk", not_for_any("Token is invalid")),
+        ("Bearer \xff\xfe", not_for_any("Token is invalid")),
+        ({"alg": "none"}, not_for_any("Token is invalid")),
+        ({"key": b"another key that is long enough to sign"}, not_for_any("Token is invalid")),
+        ({"alg": "HS512"}, not_for_any("Token is invalid")),
+        ({"token_type": "refresh"}, not_for_any("Token has wrong type")),
+        ({"token_type": None}, not_for_any("Token has wrong type")),
+        ({"token_type": ...}, not_for_any("Token has no type")),
+        ({"exp": 1}, not_for_any("Token is expired")),
+        ({"exp": ...}, not_for_any("Token has no 'exp' claim")),
+        ({"exp": "soon"}, not_for_any("Token is invalid")),
+        ({"exp": [1]}, not_for_any("Token is invalid")),
+        ({"exp": float("inf")}, not_for_any("Token is invalid")),
+        ({"exp": 2**70}, not_for_any("Token is invalid")),
+        ({"iat": LATER}, not_for_any("Token is invalid")),
+        ({"jti": ...}, not_for_any("Token has no id")),
+        ({"user_id": ...}, NO_USER_ID),
+        *[
+            ({"user_id": odd}, NO_USER)
+            for odd in ("77", "", "-1", "1e3", "９", None, [1], {}, True, 2**63, "9" * 400)
+        ],
+    ],
+)
 def test_wrong_credentials_are_refused_as_by_the_original(http, header, answer):
     join(http, "alice")
     if isinstance(header, dict):
-        claims = {"token_type": "access", "exp": LATER, "iat": 1, "jti": "0" * 32, "user_id": "1", **header}
+        claims = {
+            "token_type": "access",
+            "exp": LATER,
+            "iat": 1,
+            "jti": "0" * 32,
+            "user_id": "1",
+            **header,
+        }
         key, algorithm = claims.pop("key", factoryapp.jwt_key()), claims.pop("alg", "HS256")
         claims = {name: value for name, value in claims.items() if value is not ...}
-        header = "Bearer " + jwt.encode(claims, None if algorithm == "none" else key, algorithm=algorithm)
+        header = "Bearer " + jwt.encode(
+            claims, None if algorithm == "none" else key, algorithm=algorithm
+        )
     headers = {} if header is None else {"Authorization": header}
-    for request in (lambda: http.get("/api/users/", headers=headers, status=401),
-                    lambda: http.post("/api/messages/", "{", content_type=JSON, headers=headers, status=401),
-                    lambda: http.put("/api/messages/", "{", headers=headers, status=401)):
+    for request in (
+        lambda: http.get("/api/users/", headers=headers, status=401),
+        lambda: http.post("/api/messages/", "{", content_type=JSON, headers=headers, status=401),
+        lambda: http.put("/api/messages/", "{", headers=headers, status=401),
+    ):
         response = request()
         assert response.json == answer
         assert response.headers["WWW-Authenticate"] == 'Bearer realm="api"'
@@ -642,13 +904,17 @@ def test_deleted_user_is_not_found(http):
     factoryapp.connection().execute("DELETE FROM users")
     assert http.get("/api/users/", headers=headers, status=401).json == NO_USER
     assert http.post_json("/auth/token/refresh/", {"refresh": refresh}, status=401).json == {
-        "detail": "No active account found for the given token.", "code": "no_active_account"}
+        "detail": "No active account found for the given token.",
+        "code": "no_active_account",
+    }
     assert register(http, "mallory")["id"] == 2  # the old token must not become hers
 
 
 def test_registration_with_a_wrong_token_is_refused(http):
     sent = {"username": "alice", "password": PASSWORD}
-    response = http.post_json("/api/users/register/", sent, headers={"Authorization": "Bearer junk"}, status=401)
+    response = http.post_json(
+        "/api/users/register/", sent, headers={"Authorization": "Bearer junk"}, status=401
+    )
     assert response.json == not_for_any("Token is invalid")
 
 
@@ -659,10 +925,12 @@ def test_wrong_method_and_unknown_url_answer_json(http):
     assert response.body == b'{"detail":"Method \\"PUT\\" not allowed."}'
     assert response.headers["Allow"] == "GET, POST, HEAD, OPTIONS"
     assert http.request("/api/messages/", method="FOO", headers=headers, status=405).json == {
-        "detail": 'Method "FOO" not allowed.'}
+        "detail": 'Method "FOO" not allowed.'
+    }
     assert http.get("/api/users/register/", status=405).headers["Allow"] == "POST, OPTIONS"
     assert http.get("/auth/token/", headers={"Authorization": "Bearer junk"}, status=405).json == {
-        "detail": 'Method "GET" not allowed.'}
+        "detail": 'Method "GET" not allowed.'
+    }
     options = http.options("/api/messages/", status=204)
     assert options.headers["Allow"] == "GET, POST, HEAD, OPTIONS" and options.body == b""
     assert http.get("/api/nothing/", status=404).body == b'{"detail":"Not found."}'
@@ -671,12 +939,22 @@ def test_wrong_method_and_unknown_url_answer_json(http):
 def test_wrong_method_while_the_database_fails_answers_json(http, monkeypatch):
     headers = join(http, "alice")
     monkeypatch.setattr(factoryapp.settings, "db", "/nonexistent/factoryapp.db")
-    assert "Nothing was stored" in http.put("/api/messages/", headers=headers, status=503).json["detail"]
+    assert (
+        "Nothing was stored"
+        in http.put("/api/messages/", headers=headers, status=503).json["detail"]
+    )
 
 
 def test_path_without_its_slash_is_served(http):
-    assert http.post_json("/api/users/register", {"username": "alice", "password": PASSWORD}, status=201).json["id"] == 1
-    assert http.get("/api/users", headers=log_in(http, "alice")).json == [{"id": 1, "username": "alice"}]
+    assert (
+        http.post_json(
+            "/api/users/register", {"username": "alice", "password": PASSWORD}, status=201
+        ).json["id"]
+        == 1
+    )
+    assert http.get("/api/users", headers=log_in(http, "alice")).json == [
+        {"id": 1, "username": "alice"}
+    ]
 
 
 @pytest.mark.parametrize("spelling", ["alice", " alice ", "ａｌｉｃｅ"])
@@ -695,8 +973,13 @@ def test_password_is_kept_exactly(http):
 
 
 def try_password(http, username, password="wrong", address="192.0.2.1", status=401, **headers):
-    return http.post_json("/auth/token/", {"username": username, "password": password}, headers=headers,
-                          extra_environ={"REMOTE_ADDR": address}, status=status)
+    return http.post_json(
+        "/auth/token/",
+        {"username": username, "password": password},
+        headers=headers,
+        extra_environ={"REMOTE_ADDR": address},
+        status=status,
+    )
 
 
 def test_ten_failures_for_a_name_are_enough_for_five_minutes(http, clock, caplog):
@@ -711,7 +994,9 @@ def test_ten_failures_for_a_name_are_enough_for_five_minutes(http, clock, caplog
     try_password(http, "alice", PASSWORD, address="192.0.2.2", status=200)
     clock.move(290)
     try_password(http, "alice", PASSWORD, status=200)
-    assert [("192.0.2.1" in r.message, PASSWORD in r.message) for r in caplog.records] == [(True, False)] * 12
+    assert [("192.0.2.1" in r.message, PASSWORD in r.message) for r in caplog.records] == [
+        (True, False)
+    ] * 12
 
 
 def test_hundred_failures_of_an_address_are_enough(http, clock):
@@ -739,8 +1024,12 @@ def test_memory_for_failed_logins_is_bounded(http, monkeypatch):
 
 
 def test_forwarded_address_is_believed_only_from_the_trusted_proxy(http, monkeypatch, caplog):
-    for trusted, forwarded, believed in ((None, "203.0.113.9", "192.0.2.1"), ("192.0.2.1", "1.1.1.1, 203.0.113.9", "203.0.113.9"),
-                                         ("192.0.2.9", "203.0.113.9", "192.0.2.1"), ("192.0.2.1", "junk\\nline", "192.0.2.1")):
+    for trusted, forwarded, believed in (
+        (None, "203.0.113.9", "192.0.2.1"),
+        ("192.0.2.1", "1.1.1.1, 203.0.113.9", "203.0.113.9"),
+        ("192.0.2.9", "203.0.113.9", "192.0.2.1"),
+        ("192.0.2.1", "junk\\nline", "192.0.2.1"),
+    ):
         monkeypatch.setattr(factoryapp.settings, "trusted_proxy", trusted)
         try_password(http, "nobody", **{"X-Forwarded-For": forwarded})
         assert f"from {believed}:" in caplog.records[-1].message
@@ -752,6 +1041,7 @@ def test_unknown_name_costs_the_hash_of_a_wrong_password(http, monkeypatch):
     def noted(*args, **kwargs):
         costs.append((kwargs["n"], kwargs["r"], kwargs["p"]))
         return real(*args, **kwargs)
+
     register(http, "alice")
     monkeypatch.setattr(factoryapp.hashlib, "scrypt", noted)
     try_password(http, "alice")
@@ -764,7 +1054,12 @@ def test_thirty_registrations_of_one_name_make_one_account(http):
 
     def try_to_register():
         sent = {"username": "alice", "password": PASSWORD}
-        statuses.append(TestApp(factoryapp.app).post_json("/api/users/register/", sent, expect_errors=True).status_int)
+        statuses.append(
+            TestApp(factoryapp.app)
+            .post_json("/api/users/register/", sent, expect_errors=True)
+            .status_int
+        )
+
     threads = [threading.Thread(target=try_to_register) for _ in range(30)]
     for thread in threads:
         thread.start()
@@ -775,59 +1070,144 @@ def test_thirty_registrations_of_one_name_make_one_account(http):
 
 def test_every_answer_is_private_and_nothing_but_json(http):
     headers = join(http, "alice")
-    for response in (http.get("/api/messages/", headers=headers), http.get("/api/users/", status=401), http.get("/x", status=404),
-                     http.put("/api/messages/", status=405, headers=headers), http.post_json("/auth/token/", {}, status=400)):
+    for response in (
+        http.get("/api/messages/", headers=headers),
+        http.get("/api/users/", status=401),
+        http.get("/x", status=404),
+        http.put("/api/messages/", status=405, headers=headers),
+        http.post_json("/auth/token/", {}, status=400),
+    ):
         assert response.headers["Cache-Control"] == "no-store"
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Content-Type"] == JSON and "Server" not in response.headers
 
 
-ODD_VALUES = ['"a\\u0000"', '"\\ud800"', "null", "true", "[]", "{}", "[[1]]", "1e999", "-1e999", "NaN", "1" * 5000, '""', '"\\t"']
-ODD_BODIES = [b"{", b"", b"\xef\xbb\xbf{}", b'{"text":"\xff"}', b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b'"text"', b"\0",
-              b'{"text":"' + b"a" * 70_000 + b'"}']
+ODD_VALUES = [
+    '"a\\u0000"',
+    '"\\ud800"',
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "[[1]]",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "1" * 5000,
+    '""',
+    '"\\t"',
+]
+ODD_BODIES = [
+    b"{",
+    b"",
+    b"\xef\xbb\xbf{}",
+    b'{"text":"\xff"}',
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"1" * 5000,
+    b'"text"',
+    b"\0",
+    b'{"text":"' + b"a" * 70_000 + b'"}',
+]
 
 
-@pytest.mark.parametrize("path, field", [("/api/messages/", "text"), ("/api/messages/", "recipient"), ("/auth/token/", "username"),
-                                         ("/auth/token/", "password"), ("/auth/token/refresh/", "refresh"),
-                                         ("/auth/token/verify/", "token"), ("/auth/token/blacklist/", "refresh"),
-                                         ("/api/users/register/", "username"), ("/api/users/register/", "password")])
+@pytest.mark.parametrize(
+    "path, field",
+    [
+        ("/api/messages/", "text"),
+        ("/api/messages/", "recipient"),
+        ("/auth/token/", "username"),
+        ("/auth/token/", "password"),
+        ("/auth/token/refresh/", "refresh"),
+        ("/auth/token/verify/", "token"),
+        ("/auth/token/blacklist/", "refresh"),
+        ("/api/users/register/", "username"),
+        ("/api/users/register/", "password"),
+    ],
+)
 def test_odd_input_is_refused_in_json(http, path, field):
     headers = join(http, "alice")
-    fields = {"text": '"a"', "recipient": '"alice"'} if "messages" in path else {"username": '"bob"', "password": '"S3cure-pass-91"'}
-    bodies = ODD_BODIES + [json.dumps({**fields, field: "X"}).replace('"X"', value).replace('"\\"', '"').replace('\\""', '"').encode()
-                           for value in ODD_VALUES]
+    fields = (
+        {"text": '"a"', "recipient": '"alice"'}
+        if "messages" in path
+        else {"username": '"bob"', "password": '"S3cure-pass-91"'}
+    )
+    bodies = ODD_BODIES + [
+        json.dumps({**fields, field: "X"})
+        .replace('"X"', value)
+        .replace('"\\"', '"')
+        .replace('\\""', '"')
+        .encode()
+        for value in ODD_VALUES
+    ]
     for body in bodies:
         response = http.post(path, body, content_type=JSON, headers=headers, expect_errors=True)
         assert 400 <= response.status_int < 500, (body[:60], response)
         assert response.headers["Content-Type"] == JSON and response.json
-    for media_type in (FORM, "multipart/form-data", "multipart/form-data; boundary=x", "multipart/form-data; boundary=x; charset=no"):
-        for body in (b"", b"%ff=%ff&=&&=", b"\xff\0", b"--x\r\n", b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\n\xff\r\n--x--\r\n"):
-            response = http.request(path, method="POST", body=body, content_type=media_type, headers=headers, expect_errors=True)
+    for media_type in (
+        FORM,
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "multipart/form-data; boundary=x; charset=no",
+    ):
+        for body in (
+            b"",
+            b"%ff=%ff&=&&=",
+            b"\xff\0",
+            b"--x\r\n",
+            b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\n\xff\r\n--x--\r\n",
+        ):
+            response = http.request(
+                path,
+                method="POST",
+                body=body,
+                content_type=media_type,
+                headers=headers,
+                expect_errors=True,
+            )
             assert response.status_int in (400, 401) and response.json
     for query in ("?a=%ff%00", "?" + "a&" * 1000, "?limit[]=1", "?%"):
-        assert http.post(path + query, b"{", content_type=JSON, headers=headers, expect_errors=True).status_int == 400
+        assert (
+            http.post(
+                path + query, b"{", content_type=JSON, headers=headers, expect_errors=True
+            ).status_int
+            == 400
+        )
 
 
 # --- HTTP: messages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sent, status, answer", [
-    ('{"text": "  \\u043f\\u0440\\u0438\\u0432\\u0435\\u0442\\n"}', 201, "  привет\n"),
-    ('{"text": 5}', 201, "5"), ('{"text": "5", "extra": [1]}', 201, "5"),
-    ('{"text": "   "}', 400, '{"text":["This field may not be blank."]}'),
-    ("{}", 400, '{"text":["This field is required."]}'),
-    ('{"text": null}', 400, '{"text":["This field may not be null."]}'),
-    ('{"text": true}', 400, '{"text":["Not a valid string."]}'),
-    ('{"text": "a\\u0000"}', 400, '{"text":["Null characters are not allowed."]}'),
-    ('{"text": "%s"}' % ("a" * 16_385), 400, '{"text":["Ensure this field has no more than 16384 characters."]}'),
-    ('{"text": "a", "recipient": "nobody"}', 400, '{"recipient":["No such user."]}'),
-    ('{"text": "a", "recipient": null}', 400, '{"recipient":["This field may not be null."]}'),
-    ('{"text": "a", "recipient": 1e999}', 400,
-     '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'1e999\'"}'),
-])
+@pytest.mark.parametrize(
+    "sent, status, answer",
+    [
+        ('{"text": "  \\u043f\\u0440\\u0438\\u0432\\u0435\\u0442\\n"}', 201, "  привет\n"),
+        ('{"text": 5}', 201, "5"),
+        ('{"text": "5", "extra": [1]}', 201, "5"),
+        ('{"text": "   "}', 400, '{"text":["This field may not be blank."]}'),
+        ("{}", 400, '{"text":["This field is required."]}'),
+        ('{"text": null}', 400, '{"text":["This field may not be null."]}'),
+        ('{"text": true}', 400, '{"text":["Not a valid string."]}'),
+        ('{"text": "a\\u0000"}', 400, '{"text":["Null characters are not allowed."]}'),
+        (
+            '{"text": "%s"}' % ("a" * 16_385),
+            400,
+            '{"text":["Ensure this field has no more than 16384 characters."]}',
+        ),
+        ('{"text": "a", "recipient": "nobody"}', 400, '{"recipient":["No such user."]}'),
+        ('{"text": "a", "recipient": null}', 400, '{"recipient":["This field may not be null."]}'),
+        (
+            '{"text": "a", "recipient": 1e999}',
+            400,
+            '{"detail":"JSON parse error - Out of range float values are not JSON compliant: \'1e999\'"}',
+        ),
+    ],
+)
 def test_message_fields(http, sent, status, answer):
     headers = join(http, "alice")
-    response = http.post("/api/messages/", sent.encode(), content_type=JSON, headers=headers, status=status)
+    response = http.post(
+        "/api/messages/", sent.encode(), content_type=JSON, headers=headers, status=status
+    )
     if status == 201:
         assert response.json["text"] == answer == list_messages(http, headers)[0]["text"]
     else:
@@ -837,8 +1217,15 @@ def test_message_fields(http, sent, status, answer):
 def test_message_has_the_promised_fields(http, clock):
     headers = join(http, "alice")
     message = post(http, headers, "привет")
-    assert message == {"id": 1, "sender": "alice", "recipient": "alice", "text": "привет", "source": "api",
-                       "created_at": "2027-01-15T08:00:00.000000Z", "delivery": "unlinked"}
+    assert message == {
+        "id": 1,
+        "sender": "alice",
+        "recipient": "alice",
+        "text": "привет",
+        "source": "api",
+        "created_at": "2027-01-15T08:00:00.000000Z",
+        "delivery": "unlinked",
+    }
     assert list_messages(http, headers) == [message]
 
 
@@ -848,7 +1235,12 @@ def test_longest_text_is_taken_in_any_encoding(http, character):
     assert http.post_json("/api/messages/", {"text": text}, headers=headers).json["text"] == text
     raw = json.dumps({"text": text}, ensure_ascii=False).encode()
     assert http.post("/api/messages/", raw, content_type=JSON, headers=headers).json["text"] == text
-    assert http.post("/api/messages/", {"text": text, "recipient": ""}, headers=headers).json["recipient"] == "alice"
+    assert (
+        http.post("/api/messages/", {"text": text, "recipient": ""}, headers=headers).json[
+            "recipient"
+        ]
+        == "alice"
+    )
 
 
 def test_list_has_what_one_sent_and_received_oldest_first(http):
@@ -860,8 +1252,17 @@ def test_list_has_what_one_sent_and_received_oldest_first(http):
 
     def texts(headers):
         return [(m["sender"], m["recipient"], m["text"]) for m in list_messages(http, headers)]
-    assert texts(alice) == [("alice", "bob", "to bob"), ("carol", "alice", "to alice"), ("bob", "alice", "back")]
-    assert texts(bob) == [("alice", "bob", "to bob"), ("bob", "bob", "to myself"), ("bob", "alice", "back")]
+
+    assert texts(alice) == [
+        ("alice", "bob", "to bob"),
+        ("carol", "alice", "to alice"),
+        ("bob", "alice", "back"),
+    ]
+    assert texts(bob) == [
+        ("alice", "bob", "to bob"),
+        ("bob", "bob", "to myself"),
+        ("bob", "alice", "back"),
+    ]
     assert texts(carol) == [("carol", "alice", "to alice")]
 
 
@@ -893,29 +1294,53 @@ def test_pages_are_followed_by_their_links(http, monkeypatch, page_rows):
     for n in range(7):
         post(http, headers, str(n), **({"recipient": "bob"} if n % 2 else {}))
         post(http, log_in(http, "bob"), "not alice's")
-    for path, (a, b, c, d, e, f, g) in (("/api/messages/", [1, 3, 5, 7, 9, 11, 13]), ("/api/users/", range(1, 8))):
+    for path, (a, b, c, d, e, f, g) in (
+        ("/api/messages/", [1, 3, 5, 7, 9, 11, 13]),
+        ("/api/users/", range(1, 8)),
+    ):
         for n in range(5) if "users" in path else ():
             register(http, f"user{n}")
 
         def pages(query):
             return list(follow_pages(http, headers, path + query))
+
         assert pages("?limit=3") == pages("?after=0&limit=3") == [[a, b, c], [d, e, f], [g]]
         assert pages(f"?after={c}&limit=2") == [[d, e], [f, g]]
         assert pages(f"?before={f}&limit=2") == [[d, e], [b, c], [a]]
-        assert pages(f"?before={factoryapp.MAX_ID}&limit=7") == pages("?limit=1000") == [[a, b, c, d, e, f, g]]
-        assert pages(f"?after={a}&before={g}&limit=2") == [[b, c], [d, e], [f]] and pages(f"?after={b}&before={d}") == [[c]]
+        assert (
+            pages(f"?before={factoryapp.MAX_ID}&limit=7")
+            == pages("?limit=1000")
+            == [[a, b, c, d, e, f, g]]
+        )
+        assert pages(f"?after={a}&before={g}&limit=2") == [[b, c], [d, e], [f]] and pages(
+            f"?after={b}&before={d}"
+        ) == [[c]]
         assert pages(f"?after={e}") == [[f, g]] and pages(f"?before={c}") == [[a, b]]
-        assert pages(f"?after={g}&limit=2") == pages("?before=0&limit=2") == pages(f"?after={factoryapp.MAX_ID}") == [[]]
+        assert (
+            pages(f"?after={g}&limit=2")
+            == pages("?before=0&limit=2")
+            == pages(f"?after={factoryapp.MAX_ID}")
+            == [[]]
+        )
 
 
-@pytest.mark.parametrize("query, field, sentence", [
-    ("limit=0", "limit", "Ensure this value is greater than or equal to 1."),
-    ("limit=1001", "limit", "Ensure this value is less than or equal to 1000."),
-    ("limit=ten", "limit", "A valid integer is required."), ("limit=", "limit", "A valid integer is required."),
-    ("after=-1", "after", "Ensure this value is greater than or equal to 0."),
-    (f"before={2**63}", "before", "Ensure this value is less than or equal to 9223372036854775807."),
-    ("after=%D9%A1", "after", "A valid integer is required."), ("after=" + "9" * 5000, "after", "A valid integer is required."),
-])
+@pytest.mark.parametrize(
+    "query, field, sentence",
+    [
+        ("limit=0", "limit", "Ensure this value is greater than or equal to 1."),
+        ("limit=1001", "limit", "Ensure this value is less than or equal to 1000."),
+        ("limit=ten", "limit", "A valid integer is required."),
+        ("limit=", "limit", "A valid integer is required."),
+        ("after=-1", "after", "Ensure this value is greater than or equal to 0."),
+        (
+            f"before={2**63}",
+            "before",
+            "Ensure this value is less than or equal to 9223372036854775807.",
+        ),
+        ("after=%D9%A1", "after", "A valid integer is required."),
+        ("after=" + "9" * 5000, "after", "A valid integer is required."),
+    ],
+)
 def test_senseless_page_is_refused(http, query, field, sentence):
     headers = join(http, "alice")
     for path in ("/api/messages/?", "/api/users/?"):
@@ -926,11 +1351,21 @@ def test_one_message_is_shown_to_its_sender_and_recipient_alone(http):
     alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
     message = post(http, alice, "привет", recipient="bob")
     for headers in (alice, bob):
-        assert http.get("/api/messages/1/", headers=headers).json == message == http.get("/api/messages/1", headers=headers).json
+        assert (
+            http.get("/api/messages/1/", headers=headers).json
+            == message
+            == http.get("/api/messages/1", headers=headers).json
+        )
     for path in ("1", "2", "0", str(2**63), "9" * 5000, "-1", "x", "1e3", "%00", "1/2"):
-        assert http.get(f"/api/messages/{path}/", headers=carol, status=404).body == b'{"detail":"Not found."}'
+        assert (
+            http.get(f"/api/messages/{path}/", headers=carol, status=404).body
+            == b'{"detail":"Not found."}'
+        )
     http.get("/api/messages/1/", status=401)
-    assert http.delete("/api/messages/1/", headers=alice, status=405).headers["Allow"] == "GET, HEAD, OPTIONS"
+    assert (
+        http.delete("/api/messages/1/", headers=alice, status=405).headers["Allow"]
+        == "GET, HEAD, OPTIONS"
+    )
 
 
 def test_same_key_and_body_is_answered_the_same_and_stored_once(http, clock):
@@ -941,12 +1376,23 @@ def test_same_key_and_body_is_answered_the_same_and_stored_once(http, clock):
     again = http.post("/api/messages/", {"text": "one"}, headers={**alice, **key}, status=201)
     assert again.json == first.json and again.headers["Idempotency-Replayed"] == "true"
     assert "Idempotency-Replayed" not in first.headers
-    for other in ({"text": "two"}, {"text": "one", "recipient": "bob"}, {"text": "one", "silent": True}):
-        assert "another message" in http.post_json("/api/messages/", other, headers={**alice, **key}, status=422).json["detail"]
+    for other in (
+        {"text": "two"},
+        {"text": "one", "recipient": "bob"},
+        {"text": "one", "silent": True},
+    ):
+        assert (
+            "another message"
+            in http.post_json("/api/messages/", other, headers={**alice, **key}, status=422).json[
+                "detail"
+            ]
+        )
     http.post_json("/api/messages/", {"text": "one"}, headers={**bob, **key}, status=201)
     assert [m["text"] for m in list_messages(http, alice)] == ["one"]
     clock.move(24 * 3600)
-    http.post_json("/api/messages/", {"text": "two"}, headers={**log_in(http, "alice"), **key}, status=201)
+    http.post_json(
+        "/api/messages/", {"text": "two"}, headers={**log_in(http, "alice"), **key}, status=201
+    )
 
 
 def test_refused_request_does_not_use_up_its_key(http):
@@ -959,12 +1405,19 @@ def test_refused_request_does_not_use_up_its_key(http):
 @pytest.mark.parametrize("key", ["", "a b", "ключ".encode().decode("latin-1"), "\xe9", "x" * 256])
 def test_senseless_idempotency_key_is_refused(http, key):
     headers = {**join(http, "alice"), "Idempotency-Key": key}
-    assert "Idempotency-Key" in http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=400).json
+    assert (
+        "Idempotency-Key"
+        in http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=400).json
+    )
 
 
 def test_account_shows_whether_a_chat_is_linked(http, telegram, bot_api):
     headers = join(http, "alice")
-    assert http.get("/api/users/me/", headers=headers).json == {"id": 1, "username": "alice", "telegram_linked": False}
+    assert http.get("/api/users/me/", headers=headers).json == {
+        "id": 1,
+        "username": "alice",
+        "telegram_linked": False,
+    }
     link_chat(http, telegram, bot_api, headers, 7)
     assert http.get("/api/users/me/", headers=headers).json["telegram_linked"] is True
 
@@ -977,18 +1430,28 @@ def test_new_password_ends_every_token_issued_before(http, clock):
     link_token(http, headers)
 
     def change(status, **sent):
-        return http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "An0ther-pass", **sent},
-                              headers=headers, status=status)
+        return http.post_json(
+            "/api/users/set-password/",
+            {"current_password": PASSWORD, "new_password": "An0ther-pass", **sent},
+            headers=headers,
+            status=status,
+        )
+
     assert change(400, current_password="wrong").json == {"current_password": ["Invalid password."]}
     assert "too short" in change(400, new_password="short").text
     assert change(204).body == b""
     gone = {"detail": "The user's password has been changed.", "code": "password_changed"}
     assert http.get("/api/users/me/", headers=headers, status=401).json == gone
     for path, field in (("refresh", "refresh"), ("verify", "token"), ("blacklist", "refresh")):
-        assert http.post_json(f"/auth/token/{path}/", {field: tokens["refresh"]}, status=401).json == gone
+        assert (
+            http.post_json(f"/auth/token/{path}/", {field: tokens["refresh"]}, status=401).json
+            == gone
+        )
     assert factoryapp.connection().execute("SELECT count(*) FROM link_tokens").fetchone()[0] == 0
     http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}, status=401)
-    http.get("/api/users/me/", headers=log_in(http, "alice", "An0ther-pass"))  # within the same second
+    http.get(
+        "/api/users/me/", headers=log_in(http, "alice", "An0ther-pass")
+    )  # within the same second
 
 
 def test_password_change_is_not_overtaken_by_another(http, monkeypatch):
@@ -996,11 +1459,20 @@ def test_password_change_is_not_overtaken_by_another(http, monkeypatch):
 
     def change_meanwhile(password):
         monkeypatch.setattr(factoryapp, "hash_password", real)
-        http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "The-f1rst-one"}, headers=headers)
+        http.post_json(
+            "/api/users/set-password/",
+            {"current_password": PASSWORD, "new_password": "The-f1rst-one"},
+            headers=headers,
+        )
         return real(password)
+
     monkeypatch.setattr(factoryapp, "hash_password", change_meanwhile)
-    http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "The-sec0nd-one"}, headers=headers,
-                   status=401)
+    http.post_json(
+        "/api/users/set-password/",
+        {"current_password": PASSWORD, "new_password": "The-sec0nd-one"},
+        headers=headers,
+        status=401,
+    )
     log_in(http, "alice", "The-f1rst-one")
 
 
@@ -1009,8 +1481,13 @@ def test_login_is_overtaken_by_a_password_change(http, monkeypatch):
 
     def change_meanwhile(*args):
         monkeypatch.setattr(factoryapp, "password_matches", real)
-        http.post_json("/api/users/set-password/", {"current_password": PASSWORD, "new_password": "An0ther-pass"}, headers=headers)
+        http.post_json(
+            "/api/users/set-password/",
+            {"current_password": PASSWORD, "new_password": "An0ther-pass"},
+            headers=headers,
+        )
         return real(*args)
+
     monkeypatch.setattr(factoryapp, "password_matches", change_meanwhile)
     http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}, status=401)
 
@@ -1018,8 +1495,12 @@ def test_login_is_overtaken_by_a_password_change(http, monkeypatch):
 def test_guessing_the_current_password_is_throttled_too(http):
     headers = join(http, "alice")
     for status in [400] * 10 + [429]:
-        http.post_json("/api/users/set-password/", {"current_password": "wrong", "new_password": "An0ther-pass"}, headers=headers,
-                       status=status)
+        http.post_json(
+            "/api/users/set-password/",
+            {"current_password": "wrong", "new_password": "An0ther-pass"},
+            headers=headers,
+            status=status,
+        )
 
 
 def test_unlinking_gives_up_what_waits_for_the_lost_phone(http, telegram, bot_api, linked):
@@ -1052,29 +1533,66 @@ def test_send_at_waits_and_lets_others_pass(http, telegram, bot_api, clock, link
     clock.move(2)
     deliver_all(telegram)
     assert bot_api.texts(7)[-1].endswith("in an hour")
-    factoryapp.turns.open(telegram.id, factoryapp.list_queues(factoryapp.connection(), telegram.id))  # as after a restart
+    factoryapp.turns.open(
+        telegram.id, factoryapp.list_queues(factoryapp.connection(), telegram.id)
+    )  # as after a restart
     deliver_all(telegram)
     clock.move(86_400)
     deliver_all(telegram)
     assert bot_api.texts(7)[-1].endswith("tomorrow") and len(bot_api.sent) == 4
 
 
-@pytest.mark.parametrize("field, value", [("silent", "maybe"), ("silent", None), ("silent", 5), ("silent", [1]), ("send_at", "soon"), ("send_at", "2027-01-15 12:00:00Z"),
-                                          ("send_at", 5), ("send_at", None), ("send_at", "2027-01-15T12:00:00"), ("send_at", True),
-                                          ("send_at", "9999-12-31T23:59:59Z"), ("send_at", "0001-01-01T00:00:00+23:59"),
-                                          ("send_at", "2027-02-14T09:00:01Z"), ("send_at", {}), ("send_at", "")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("silent", "maybe"),
+        ("silent", None),
+        ("silent", 5),
+        ("silent", [1]),
+        ("send_at", "soon"),
+        ("send_at", "2027-01-15 12:00:00Z"),
+        ("send_at", 5),
+        ("send_at", None),
+        ("send_at", "2027-01-15T12:00:00"),
+        ("send_at", True),
+        ("send_at", "9999-12-31T23:59:59Z"),
+        ("send_at", "0001-01-01T00:00:00+23:59"),
+        ("send_at", "2027-02-14T09:00:01Z"),
+        ("send_at", {}),
+        ("send_at", ""),
+    ],
+)
 def test_senseless_silent_or_send_at_is_refused(http, clock, field, value):
-    response = http.post_json("/api/messages/", {"text": "a", field: value}, headers=join(http, "alice"), expect_errors=True)
-    assert list(response.json) == [field] or response.json["delivery"] and value == "0001-01-01T00:00:00+23:59"
+    response = http.post_json(
+        "/api/messages/",
+        {"text": "a", field: value},
+        headers=join(http, "alice"),
+        expect_errors=True,
+    )
+    assert (
+        list(response.json) == [field]
+        or response.json["delivery"]
+        and value == "0001-01-01T00:00:00+23:59"
+    )
 
 
 def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, linked):
     headers = log_in(http, "alice")
-    assert http.get("/health/").json == {"status": "ok", "bot": "@factory_test_bot", "queued": 0, "oldest_queued_seconds": 0}
+    assert http.get("/health/").json == {
+        "status": "ok",
+        "bot": "@factory_test_bot",
+        "queued": 0,
+        "oldest_queued_seconds": 0,
+    }
     post(http, headers, "a")
     post(http, headers, "later", send_at=factoryapp.iso(clock.seconds + 60))
     clock.move(12.5)
-    assert http.get("/health").json == {"status": "ok", "bot": "@factory_test_bot", "queued": 1, "oldest_queued_seconds": 12.5}
+    assert http.get("/health").json == {
+        "status": "ok",
+        "bot": "@factory_test_bot",
+        "queued": 1,
+        "oldest_queued_seconds": 12.5,
+    }
     factoryapp.turns.open(0, ())
     assert http.get("/health/").json["bot"] == "terminal"
 
@@ -1082,15 +1600,21 @@ def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, link
 def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path))
     answer = http.get("/health/", status=503).json
-    assert answer["status"] == "error" and answer["reason"].startswith("The database does not answer: ")
+    assert answer["status"] == "error" and answer["reason"].startswith(
+        "The database does not answer: "
+    )
 
 
-@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: (path.parent / "new").rename(path)])
+@pytest.mark.parametrize(
+    "harm", [lambda path: path.unlink(), lambda path: (path.parent / "new").rename(path)]
+)
 def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm):
     headers = join(http, "alice")
     (tmp_path / "new").touch()
     harm(tmp_path / "factoryapp.db")
-    assert http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=503).json["detail"]
+    assert http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=503).json[
+        "detail"
+    ]
     assert "removed or replaced" in http.get("/health/", status=503).json["reason"]
 
 
@@ -1099,23 +1623,42 @@ def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm):
 
 def fits(value, schema):
     """Whether a value is what a JSON schema of ours says."""
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+    kinds = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "boolean": bool,
+        "null": type(None),
+    }
     if "enum" in schema or "const" in schema:
         return value in schema.get("enum", [schema.get("const")])
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not any(isinstance(value, kinds[t]) and (t == "boolean" or not isinstance(value, bool)) for t in types):
+    if not any(
+        isinstance(value, kinds[t]) and (t == "boolean" or not isinstance(value, bool))
+        for t in types
+    ):
         return False
     if isinstance(value, list):
         return all(fits(item, schema["items"]) for item in value)
     if isinstance(value, dict) and "properties" in schema:
-        return set(value) == set(schema["required"]) and all(fits(value[n], s) for n, s in schema["properties"].items())
+        return set(value) == set(schema["required"]) and all(
+            fits(value[n], s) for n, s in schema["properties"].items()
+        )
     return True
 
 
 def test_openapi_names_every_route_and_the_address(http):
-    document = http.get("/openapi.json", headers={"Host": "factory.example:8443", "X-Forwarded-Proto": "gopher"}).json
-    assert document["openapi"] == "3.1.0" and document["servers"] == [{"url": "http://factory.example:8443"}]
-    operations = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    document = http.get(
+        "/openapi.json", headers={"Host": "factory.example:8443", "X-Forwarded-Proto": "gopher"}
+    ).json
+    assert document["openapi"] == "3.1.0" and document["servers"] == [
+        {"url": "http://factory.example:8443"}
+    ]
+    operations = {
+        (method.upper(), path) for path, methods in document["paths"].items() for method in methods
+    }
     readme = (HERE / "README.md").read_text()
     for method, path in operations:
         assert f"`{method} {path.replace('{message_id}', 'ID')}`" in readme
@@ -1126,20 +1669,54 @@ def test_every_answer_is_in_the_openapi_document(http):
     """Send each operation what its schemas allow and what they do not: every answer has a declared status and shape."""
     draw, seen = random.Random(1), set()
     document, headers = http.get("/openapi.json").json, join(http, "alice")
-    odd = [None, True, 0, -1, 2**63, 1e308, "", " ", "a", "я" * 200, "a\0", "\ud800", [], {}, ["a"], "x" * 17_000, "2026-11-23T18:08:27Z"]
+    odd = [
+        None,
+        True,
+        0,
+        -1,
+        2**63,
+        1e308,
+        "",
+        " ",
+        "a",
+        "я" * 200,
+        "a\0",
+        "\ud800",
+        [],
+        {},
+        ["a"],
+        "x" * 17_000,
+        "2026-11-23T18:08:27Z",
+    ]
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            body_schema = operation.get("requestBody", {}).get("content", {}).get(JSON, {}).get("schema", {"properties": {}})
+            body_schema = (
+                operation.get("requestBody", {})
+                .get("content", {})
+                .get(JSON, {})
+                .get("schema", {"properties": {}})
+            )
             for _ in range(60):
-                body = {name: field.get("example", odd[-1]) if draw.random() < 0.6 else draw.choice(odd)
-                        for name, field in body_schema["properties"].items() if draw.random() < 0.8}
-                query = "&".join(f"{p['name']}={draw.choice(['1', '0', '-1', 'x', '1000', str(2**63)])}"
-                                 for p in operation["parameters"] if p["in"] == "query" and draw.random() < 0.5)
+                body = {
+                    name: field.get("example", odd[-1]) if draw.random() < 0.6 else draw.choice(odd)
+                    for name, field in body_schema["properties"].items()
+                    if draw.random() < 0.8
+                }
+                query = "&".join(
+                    f"{p['name']}={draw.choice(['1', '0', '-1', 'x', '1000', str(2**63)])}"
+                    for p in operation["parameters"]
+                    if p["in"] == "query" and draw.random() < 0.5
+                )
                 response = http.request(
-                    path.replace("{message_id}", draw.choice(["1", "7", "9" * 19])) + "?" + query, method=method.upper(),
-                    body=json.dumps(body).encode() if body_schema["properties"] else b"", expect_errors=True,
+                    path.replace("{message_id}", draw.choice(["1", "7", "9" * 19])) + "?" + query,
+                    method=method.upper(),
+                    body=json.dumps(body).encode() if body_schema["properties"] else b"",
+                    expect_errors=True,
                     content_type=draw.choice([JSON, JSON, JSON, "text/plain"]),
-                    headers=draw.choice([headers, headers, headers, {}, {"Authorization": "Bearer x"}]))
+                    headers=draw.choice(
+                        [headers, headers, headers, {}, {"Authorization": "Bearer x"}]
+                    ),
+                )
                 if path.endswith("set-password/") and response.status_int == 204:
                     headers = log_in(http, "alice", str(body["new_password"]))
                 seen.add(response.status_int)
@@ -1147,7 +1724,11 @@ def test_every_answer_is_in_the_openapi_document(http):
                 assert declared, (method, path, body, response)
                 for media_type, content in declared.get("content", {}).items():
                     assert response.content_type == media_type
-                    assert media_type != JSON or fits(response.json, content["schema"]), (method, path, response)
+                    assert media_type != JSON or fits(response.json, content["schema"]), (
+                        method,
+                        path,
+                        response,
+                    )
     assert {200, 201, 204, 400, 401, 404, 415} <= seen
 
 
@@ -1169,7 +1750,10 @@ def test_link_token_is_stored_as_a_hash_alone(http):
     token = link_token(http, join(http, "alice"))
     dump = "\n".join(factoryapp.connection().iterdump())
     assert "link_tokens" in dump and token not in dump
-    assert http.get("/api/users/get-telegram-token/", headers=log_in(http, "alice")).json["link"] is None
+    assert (
+        http.get("/api/users/get-telegram-token/", headers=log_in(http, "alice")).json["link"]
+        is None
+    )
 
 
 def test_link_token_lives_10_minutes_and_a_new_one_replaces_it(http, telegram, bot_api, clock):
@@ -1187,7 +1771,10 @@ def test_link_token_lives_10_minutes_and_a_new_one_replaces_it(http, telegram, b
 
 def test_bot_answers_as_agreed(http, telegram, bot_api):
     headers = join(http, "alice")
-    assert "токен" in say(telegram, bot_api, 7, "/start")[0] and "get-telegram-token" in say(telegram, bot_api, 7, "/start")[0]
+    assert (
+        "токен" in say(telegram, bot_api, 7, "/start")[0]
+        and "get-telegram-token" in say(telegram, bot_api, 7, "/start")[0]
+    )
     for wrong in ("hello", "/stop", "/start nonsense", "/foo", "x" * 43):
         assert "неверный или устарел" in say(telegram, bot_api, 7, wrong)[0]
     assert "/stop" in say(telegram, bot_api, 7, "/help")[0]
@@ -1195,8 +1782,20 @@ def test_bot_answers_as_agreed(http, telegram, bot_api):
     assert "alice" in say(telegram, bot_api, 7, "/start@factory_test_bot")[0]
     assert "не знаю" in say(telegram, bot_api, 7, "/foo")[0]
     assert "неверный или устарел" in say(telegram, bot_api, 7, "/start nonsense")[0]
-    assert say(telegram, bot_api, 7, sticker={"file_id": "a", "file_unique_id": "b", "width": 1, "height": 1, "type": "regular",
-                                              "is_animated": False, "is_video": False}) == [factoryapp.TEXT_ONLY]
+    assert say(
+        telegram,
+        bot_api,
+        7,
+        sticker={
+            "file_id": "a",
+            "file_unique_id": "b",
+            "width": 1,
+            "height": 1,
+            "type": "regular",
+            "is_animated": False,
+            "is_video": False,
+        },
+    ) == [factoryapp.TEXT_ONLY]
     assert list_messages(http, headers) == []
     assert "отвязан" in say(telegram, bot_api, 7, "/stop")[0]
     assert post(http, headers, "to nobody")["delivery"] == "unlinked"
@@ -1232,7 +1831,10 @@ def test_reply_to_somebody_without_a_chat_says_so(http, telegram, bot_api):
     post(http, alice, "привет", recipient="bob")
     deliver_all(telegram)
     said = say(telegram, bot_api, 8, "ответ", reply_to=len(bot_api.sent))
-    assert said == ["bob, я получил от тебя сообщение:\n\nответ", factoryapp.NO_CHAT.format(username="alice")]
+    assert said == [
+        "bob, я получил от тебя сообщение:\n\nответ",
+        factoryapp.NO_CHAT.format(username="alice"),
+    ]
     assert list_messages(http, alice)[-1]["text"] == "ответ"
 
 
@@ -1240,7 +1842,9 @@ def test_group_is_told_once_that_linking_is_for_private_chats(http, telegram, bo
     token = link_token(http, join(http, "alice"))
     assert say(telegram, bot_api, -100, token, chat_type="group") == [factoryapp.PRIVATE_ONLY]
     assert say(telegram, bot_api, -100, "/start " + token, chat_type="group") == []
-    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == [factoryapp.PRIVATE_ONLY]
+    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == [
+        factoryapp.PRIVATE_ONLY
+    ]
     assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == []
     assert "успешно привязаны" in say(telegram, bot_api, 7, token)[0]
 
@@ -1278,8 +1882,15 @@ def test_text_to_the_bot_is_a_message_and_a_reply_goes_to_the_author(http, teleg
     say(telegram, bot_api, 8, "ответ", reply_to=last_part)
     say(telegram, bot_api, 8, "себе", reply_to=own_copy)
     assert bot_api.texts(7)[-1] == "Сообщение от bob:\n\nответ"
-    assert [(m["recipient"], m["text"], m["source"]) for m in list_messages(http, bob) if m["sender"] == "bob"] == [
-        ("bob", "заметка", "telegram"), ("alice", "ответ", "telegram"), ("bob", "себе", "telegram")]
+    assert [
+        (m["recipient"], m["text"], m["source"])
+        for m in list_messages(http, bob)
+        if m["sender"] == "bob"
+    ] == [
+        ("bob", "заметка", "telegram"),
+        ("alice", "ответ", "telegram"),
+        ("bob", "себе", "telegram"),
+    ]
 
 
 def test_long_message_goes_out_in_parts_in_order(http, telegram, bot_api):
@@ -1294,7 +1905,9 @@ def test_long_message_goes_out_in_parts_in_order(http, telegram, bot_api):
     assert list_messages(http, headers)[0]["delivery"] == "sent"
 
 
-def test_what_waits_for_an_account_moves_with_it_to_its_new_chat(http, telegram, bot_api, clock, linked):
+def test_what_waits_for_an_account_moves_with_it_to_its_new_chat(
+    http, telegram, bot_api, clock, linked
+):
     headers = log_in(http, "alice")
     bot_api.failures[7].append(RETRY_AFTER_9)
     post(http, headers, "one")
@@ -1305,7 +1918,9 @@ def test_what_waits_for_an_account_moves_with_it_to_its_new_chat(http, telegram,
 
 
 @pytest.mark.parametrize("is_sent", [True, False])
-def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(http, telegram, bot_api, clock, linked, is_sent):
+def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(
+    http, telegram, bot_api, clock, linked, is_sent
+):
     headers = log_in(http, "alice")
     post(http, headers, "one")
     post(http, headers, "two")
@@ -1321,11 +1936,15 @@ def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(http, teleg
         factoryapp.turns.give_back(7)
     clock.move(1)
     deliver_all(telegram)
-    assert [text[-3:] for text in bot_api.texts(9)[:-1]] == ["one", "two"][is_sent:] and "успешно" in bot_api.texts(9)[-1]
+    assert [text[-3:] for text in bot_api.texts(9)[:-1]] == ["one", "two"][
+        is_sent:
+    ] and "успешно" in bot_api.texts(9)[-1]
     assert bot_api.texts(7) == []
 
 
-def test_what_waits_for_the_earlier_account_of_a_chat_is_given_up(http, telegram, bot_api, clock, linked):
+def test_what_waits_for_the_earlier_account_of_a_chat_is_given_up(
+    http, telegram, bot_api, clock, linked
+):
     alice, bob = log_in(http, "alice"), join(http, "bob")
     post(http, alice, "not for bob", send_at=factoryapp.iso(clock.seconds + 60))
     link_chat(http, telegram, bot_api, bob, 7)
@@ -1353,7 +1972,8 @@ def test_odd_update_is_tried_three_times_then_skipped(http, telegram, bot_api, c
     bot_api.push({"some_new_kind": {}})
     assert "успешно привязаны" in say(telegram, bot_api, 7, link_token(http, headers))[0]
     assert [r.message for r in caplog.records if "try" in r.message] == [
-        f"update 100 failed, try {n} of 3" for n in (1, 2, 3)]
+        f"update 100 failed, try {n} of 3" for n in (1, 2, 3)
+    ]
     assert "update 100 is skipped" in caplog.text
     assert factoryapp.find_bot(factoryapp.connection(), BOT_ID)["next_update_id"] == 103
 
@@ -1361,7 +1981,11 @@ def test_odd_update_is_tried_three_times_then_skipped(http, telegram, bot_api, c
 def test_update_that_the_database_refuses_comes_again(http, telegram, bot_api, monkeypatch):
     headers = join(http, "alice")
     bot_api.write(7, link_token(http, headers))
-    monkeypatch.setattr(factoryapp, "link_chat", lambda *args: (_ for _ in ()).throw(sqlite3.OperationalError("disk full")))
+    monkeypatch.setattr(
+        factoryapp,
+        "link_chat",
+        lambda *args: (_ for _ in ()).throw(sqlite3.OperationalError("disk full")),
+    )
     with pytest.raises(sqlite3.OperationalError):
         telegram.poll()
     monkeypatch.undo()
@@ -1378,11 +2002,23 @@ def test_update_ids_may_restart_lower(http, telegram, bot_api):
     assert factoryapp.find_bot(factoryapp.connection(), BOT_ID)["next_update_id"] == 6
 
 
-@pytest.mark.parametrize("failure", [
-    {"error_code": 409, "description": "Conflict: can't use getUpdates method while webhook is active"},
-    {"error_code": 409, "description": "Conflict: terminated by other getUpdates request"},
-    {"error_code": 401, "description": "Unauthorized"}, {"error_code": 500, "description": "Internal Server Error"},
-    b"<html>502 Bad Gateway</html>", {}, [1], "reset", 0.1])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {
+            "error_code": 409,
+            "description": "Conflict: can't use getUpdates method while webhook is active",
+        },
+        {"error_code": 409, "description": "Conflict: terminated by other getUpdates request"},
+        {"error_code": 401, "description": "Unauthorized"},
+        {"error_code": 500, "description": "Internal Server Error"},
+        b"<html>502 Bad Gateway</html>",
+        {},
+        [1],
+        "reset",
+        0.1,
+    ],
+)
 def test_polling_goes_on_after_a_failure(http, telegram, bot_api, monkeypatch, failure):
     monkeypatch.setattr(factoryapp, "backoff", lambda *args: 0.01)
     bot_api.failures["getMe"].append(failure)
@@ -1399,7 +2035,11 @@ def test_polling_goes_on_after_a_failure(http, telegram, bot_api, monkeypatch, f
 
 # --- Outbox -----------------------------------------------------------------------------------------------------------
 
-RETRY_AFTER_9 = {"error_code": 429, "description": "Too Many Requests", "parameters": {"retry_after": 9}}
+RETRY_AFTER_9 = {
+    "error_code": 429,
+    "description": "Too Many Requests",
+    "parameters": {"retry_after": 9},
+}
 BLOCKED = {"error_code": 403, "description": "Forbidden: bot was blocked by the user"}
 CHAT_NOT_FOUND = {"error_code": 400, "description": "Bad Request: chat not found"}
 TOO_LONG = {"error_code": 400, "description": "Bad Request: message is too long"}
@@ -1429,10 +2069,21 @@ def test_too_many_requests_waits_as_long_as_told(http, telegram, bot_api, clock,
     assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
 
 
-@pytest.mark.parametrize("failure", [
-    {"error_code": 500, "description": "Internal Server Error"}, {"error_code": 401, "description": "Unauthorized"},
-    {"error_code": 429, "description": "Too Many Requests"}, b"<html>502 Bad Gateway</html>", {}, [1], "reset"])
-def test_failed_send_is_tried_again_after_the_pause(http, telegram, bot_api, clock, linked, failure):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {"error_code": 500, "description": "Internal Server Error"},
+        {"error_code": 401, "description": "Unauthorized"},
+        {"error_code": 429, "description": "Too Many Requests"},
+        b"<html>502 Bad Gateway</html>",
+        {},
+        [1],
+        "reset",
+    ],
+)
+def test_failed_send_is_tried_again_after_the_pause(
+    http, telegram, bot_api, clock, linked, failure
+):
     bot_api.failures[7].extend([failure] * 3)
     headers = log_in(http, "alice")
     post(http, headers, "one")
@@ -1461,7 +2112,9 @@ def test_pause_grows_to_five_minutes_with_jitter():
     assert len(set(pauses[9:])) > 100
 
 
-def test_when_telegram_comes_back_its_absence_is_not_waited_out(http, telegram, bot_api, clock, linked):
+def test_when_telegram_comes_back_its_absence_is_not_waited_out(
+    http, telegram, bot_api, clock, linked
+):
     bot_api.failures[7].extend(["reset"])
     headers = log_in(http, "alice")
     post(http, headers, "one")
@@ -1474,7 +2127,10 @@ def test_when_telegram_comes_back_its_absence_is_not_waited_out(http, telegram, 
 @pytest.mark.parametrize("message_id", ["x", [1], 1.5, 2**70, None, True, -1])
 def test_odd_answer_to_a_send_counts_as_sent_once(http, telegram, bot_api, linked, message_id):
     bob = join(http, "bob")
-    bot_api.sendMessage, real = (lambda p: {**real(p), "message_id": message_id}), bot_api.sendMessage
+    bot_api.sendMessage, real = (
+        (lambda p: {**real(p), "message_id": message_id}),
+        bot_api.sendMessage,
+    )
     post(http, bob, "one", recipient="alice")
     deliver_all(telegram)
     assert len(bot_api.sent) == 1 and list_messages(http, bob)[0]["delivery"] == "sent"
@@ -1506,7 +2162,10 @@ def test_chats_that_may_hang_do_not_get_all_senders(http, telegram):
     half = factoryapp.SENDERS // 2
     for chat_id in range(1, factoryapp.SENDERS + 1):
         factoryapp.turns.give_back(chat_id, 0, is_told=False)  # a send to each has failed
-    assert len([factoryapp.turns.take() for _ in range(half)]) == half and factoryapp.turns.take() is None
+    assert (
+        len([factoryapp.turns.take() for _ in range(half)]) == half
+        and factoryapp.turns.take() is None
+    )
     factoryapp.turns.wake(telegram.id, 99)
     assert factoryapp.turns.take() == 99
 
@@ -1522,7 +2181,9 @@ def test_nothing_comes_between_the_parts_of_a_text(http, telegram, bot_api, cloc
 
 
 @pytest.mark.parametrize("failure", [BLOCKED, CHAT_NOT_FOUND])
-def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(http, telegram, bot_api, linked, failure):
+def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(
+    http, telegram, bot_api, linked, failure
+):
     bot_api.failures[7].append(failure)
     post(http, linked, "one")
     post(http, linked, "two")
@@ -1530,7 +2191,11 @@ def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(http, telegram, bo
     assert bot_api.sent == []
     assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "failed"]
     assert post(http, linked, "three")["delivery"] == "unlinked"
-    reasons = factoryapp.connection().execute("SELECT error FROM outbox WHERE given_up_at IS NOT NULL").fetchall()
+    reasons = (
+        factoryapp.connection()
+        .execute("SELECT error FROM outbox WHERE given_up_at IS NOT NULL")
+        .fetchall()
+    )
     assert [failure["description"] in row["error"] for row in reasons] == [True, True]
 
 
@@ -1539,18 +2204,25 @@ def test_text_that_can_never_be_sent_is_given_up_alone(http, telegram, bot_api, 
     post(http, linked, "one " * 2000)
     post(http, linked, "two")
     deliver_all(telegram)
-    assert [text[-3:] for text in bot_api.texts(7)] == ["ne ", "two", "бщ."]  # the rest of the first is sent all the same
+    assert [text[-3:] for text in bot_api.texts(7)] == [
+        "ne ",
+        "two",
+        "бщ.",
+    ]  # the rest of the first is sent all the same
     assert bot_api.texts(7)[2] == factoryapp.NOT_DELIVERED.format(username="alice", count=1)
     assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "sent"]
 
 
-def test_sent_message_is_not_sent_again_when_settling_fails(http, telegram, bot_api, linked, monkeypatch):
+def test_sent_message_is_not_sent_again_when_settling_fails(
+    http, telegram, bot_api, linked, monkeypatch
+):
     failures, real = [sqlite3.OperationalError("disk full")] * 2, factoryapp.settle_sent
 
     def fail_twice(*args):
         if failures:
             raise failures.pop()
         return real(*args)
+
     monkeypatch.setattr(factoryapp, "settle_sent", fail_twice)
     monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
     post(http, linked, "one")
@@ -1609,8 +2281,12 @@ def test_two_people_and_a_bad_day(http, running, bot_api, monkeypatch):
         bot_api.write(chat_id, link_token(http, people[name]))
         bot_api.wait_for(lambda: bot_api.texts(chat_id))
     bot_api.sent.clear()
-    trouble = [{**RETRY_AFTER_9, "parameters": {"retry_after": 0.5}}, "reset",
-               {"error_code": 500, "description": "Internal Server Error"}, 1.0]
+    trouble = [
+        {**RETRY_AFTER_9, "parameters": {"retry_after": 0.5}},
+        "reset",
+        {"error_code": 500, "description": "Internal Server Error"},
+        1.0,
+    ]
     names = list(chats)
     for n in range(200):
         if n in (20, 60, 100, 140):
@@ -1632,7 +2308,19 @@ def test_two_people_and_a_bad_day(http, running, bot_api, monkeypatch):
     assert delivery == "failed" and post(http, people["bob"], "gone")["delivery"] == "unlinked"
 
 
-@pytest.mark.parametrize("away", ["refused", "black-holed", "reset", b"<html>502 Bad Gateway</html>", {}, [1], RETRY_AFTER_9, 0.6])
+@pytest.mark.parametrize(
+    "away",
+    [
+        "refused",
+        "black-holed",
+        "reset",
+        b"<html>502 Bad Gateway</html>",
+        {},
+        [1],
+        RETRY_AFTER_9,
+        0.6,
+    ],
+)
 def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkeypatch, away):
     monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(factoryapp, "RETRY_AFTER_MAX_SECONDS", 0.5)
@@ -1643,7 +2331,11 @@ def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkey
     bot_api.wait_for(lambda: bot_api.texts(7))
     with socket.create_server(("127.0.0.1", 0)) as black_hole:
         if away == "black-holed":  # connections are made, nobody answers
-            monkeypatch.setattr(factoryapp.apihelper, "API_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}/bot{{0}}/{{1}}")
+            monkeypatch.setattr(
+                factoryapp.apihelper,
+                "API_URL",
+                f"http://127.0.0.1:{black_hole.getsockname()[1]}/bot{{0}}/{{1}}",
+            )
         elif away == "refused":
             monkeypatch.setattr(factoryapp.apihelper, "API_URL", "http://127.0.0.1:9/bot{0}/{1}")
         else:
@@ -1663,8 +2355,14 @@ def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkey
     assert all(b - a > 0.4 for a, b in zip(times, times[15:]))  # no storm
 
 
-def test_backlog_does_not_wait_out_its_pauses_when_telegram_is_back(http, running, bot_api, monkeypatch):
-    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 60 if longest == factoryapp.BACKOFF_MAX_SECONDS else 0.1)
+def test_backlog_does_not_wait_out_its_pauses_when_telegram_is_back(
+    http, running, bot_api, monkeypatch
+):
+    monkeypatch.setattr(
+        factoryapp,
+        "backoff",
+        lambda attempts, longest: 60 if longest == factoryapp.BACKOFF_MAX_SECONDS else 0.1,
+    )
     headers = join(http, "alice")
     bot_api.write(7, link_token(http, headers))
     bot_api.wait_for(lambda: bot_api.texts(7))
@@ -1683,13 +2381,20 @@ def test_backlog_does_not_wait_out_its_pauses_when_telegram_is_back(http, runnin
 
 def use(url, path, body=None, headers=None, status=200):
     """A request to the running program, as curl would make it."""
-    response = requests.request("GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=60)
+    response = requests.request(
+        "GET" if body is None else "POST", url + path, json=body, headers=headers, timeout=60
+    )
     assert response.status_code == status, response.text
     return response.json()
 
 
 def join_program(program, username):
-    use(program.url, "/api/users/register/", {"username": username, "password": PASSWORD}, status=201)
+    use(
+        program.url,
+        "/api/users/register/",
+        {"username": username, "password": PASSWORD},
+        status=201,
+    )
     return log_in_program(program, username)
 
 
@@ -1715,8 +2420,9 @@ def test_whole_journey_in_the_terminal(start, tmp_path):
     program.wait_for("alice, я получил от тебя сообщение:\n\nнаписано боту\n")
     assert program.end() == (0, pytest.approx(0, abs=2))
     program = start()  # a link, a login and the messages outlive the process
-    assert [(m["text"], m["source"]) for m in use(program.url, "/api/messages/", headers=headers)] == [
-        ("при\x1b[2Jвет", "api"), ("написано боту", "telegram")]
+    assert [
+        (m["text"], m["source"]) for m in use(program.url, "/api/messages/", headers=headers)
+    ] == [("при\x1b[2Jвет", "api"), ("написано боту", "telegram")]
     use(program.url, "/api/messages/", {"text": "снова"}, headers, status=201)
     program.wait_for("снова")
     assert program.end(signal.SIGINT) == (0, pytest.approx(0, abs=2))
@@ -1742,7 +2448,9 @@ def test_killed_program_loses_nothing_and_hears_nothing_twice(start, bot_api, tm
     env = {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": bot_api.url}
     program = start(**env)
     headers = join_program(program, "alice")
-    bot_api.write(7, use(program.url, "/api/users/get-telegram-token/", headers=headers)["telegram_token"])
+    bot_api.write(
+        7, use(program.url, "/api/users/get-telegram-token/", headers=headers)["telegram_token"]
+    )
     bot_api.wait_for(lambda: bot_api.texts(7))
     bot_api.failures[7].append(5)
     for n in range(5):
@@ -1752,7 +2460,14 @@ def test_killed_program_loses_nothing_and_hears_nothing_twice(start, bot_api, tm
     bot_api.write(7, "пока тебя не было")
     start(**env)
     bot_api.wait_for(lambda: len(bot_api.texts(7)) == 7)
-    assert [text.split("\n")[-1] for text in bot_api.texts(7)[1:]] == ["0", "1", "2", "3", "4", "пока тебя не было"]
+    assert [text.split("\n")[-1] for text in bot_api.texts(7)[1:]] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "пока тебя не было",
+    ]
     check_database(tmp_path / "factoryapp.db")
 
 
@@ -1773,40 +2488,72 @@ def test_telegram_that_cannot_be_reached_is_no_reason_not_to_start(start, tmp_pa
 
 def run_program(*arguments, **env):
     """The exit code, standard output and standard error of a run that ends by itself."""
-    done = subprocess.run([sys.executable, str(HERE / "factoryapp.py"), *arguments], env={**os.environ, **env},
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "factoryapp.py"), *arguments],
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments, env, hint", [
-    ([], {"TELEGRAM_BOT_TOKEN": "nonsense"}, "@BotFather"),
-    ([], {"TELEGRAM_BOT_TOKEN": "0:terminal"}, "@BotFather"),
-    *[([], {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": url}, "TELEGRAM_API_URL")
-      for url in ("telegram", "http://[::1", "http://h:99999", "ftp://h")],
-    ([], {"FACTORYAPP_SECRET": "short"}, "at least 32 bytes"),
-    ([], {"FACTORYAPP_PORT": "eighty"}, "--port"), (["--port", "99999"], {}, "--port"), (["--prot", "1"], {}, "--help"),
-    (["--host", "256.1.1.1"], {}, "--host"), (["--port", "TAKEN"], {}, "--port"),
-    (["--db", "/nonexistent/factoryapp.db"], {}, "--db"), (["--db", "FOLDER"], {}, "--db"), (["--db", "NEWER"], {}, "newer"),
-    (["--db", "TEXT"], {}, "--db"), (["--db", "OTHER"], {}, "another program's"), (["--db", ""], {}, "--db"),
-    (["--db", "/dev/null"], {}, "--db"), (["--host", ""], {}, "--host"),
-    (["--trusted-proxy", "nginx"], {}, "--trusted-proxy"), (["--log-level", "loud"], {}, "--log-level"),
-])
+@pytest.mark.parametrize(
+    "arguments, env, hint",
+    [
+        ([], {"TELEGRAM_BOT_TOKEN": "nonsense"}, "@BotFather"),
+        ([], {"TELEGRAM_BOT_TOKEN": "0:terminal"}, "@BotFather"),
+        *[
+            ([], {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": url}, "TELEGRAM_API_URL")
+            for url in ("telegram", "http://[::1", "http://h:99999", "ftp://h")
+        ],
+        ([], {"FACTORYAPP_SECRET": "short"}, "at least 32 bytes"),
+        ([], {"FACTORYAPP_PORT": "eighty"}, "--port"),
+        (["--port", "99999"], {}, "--port"),
+        (["--prot", "1"], {}, "--help"),
+        (["--host", "256.1.1.1"], {}, "--host"),
+        (["--port", "TAKEN"], {}, "--port"),
+        (["--db", "/nonexistent/factoryapp.db"], {}, "--db"),
+        (["--db", "FOLDER"], {}, "--db"),
+        (["--db", "NEWER"], {}, "newer"),
+        (["--db", "TEXT"], {}, "--db"),
+        (["--db", "OTHER"], {}, "another program's"),
+        (["--db", ""], {}, "--db"),
+        (["--db", "/dev/null"], {}, "--db"),
+        (["--host", ""], {}, "--host"),
+        (["--trusted-proxy", "nginx"], {}, "--trusted-proxy"),
+        (["--log-level", "loud"], {}, "--log-level"),
+    ],
+)
 def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
-    with socket.create_server(("127.0.0.1", 0)) as taken, sqlite3.connect(tmp_path / "newer.db") as newer:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        sqlite3.connect(tmp_path / "newer.db") as newer,
+    ):
         newer.execute("PRAGMA user_version = 999")
         (tmp_path / "text").write_text("this is no database " * 100)
         (tmp_path / "text").chmod(0o644)
         with sqlite3.connect(tmp_path / "other.db") as other:
             other.execute("CREATE TABLE users (name TEXT)")
-        names = {"TAKEN": str(taken.getsockname()[1]), "FOLDER": str(tmp_path), "NEWER": str(tmp_path / "newer.db"),
-                 "TEXT": str(tmp_path / "text"), "OTHER": str(tmp_path / "other.db")}
-        arguments = ["--port", "0", "--db", str(tmp_path / "factoryapp.db")] + [names.get(a, a) for a in arguments]
+        names = {
+            "TAKEN": str(taken.getsockname()[1]),
+            "FOLDER": str(tmp_path),
+            "NEWER": str(tmp_path / "newer.db"),
+            "TEXT": str(tmp_path / "text"),
+            "OTHER": str(tmp_path / "other.db"),
+        }
+        arguments = ["--port", "0", "--db", str(tmp_path / "factoryapp.db")] + [
+            names.get(a, a) for a in arguments
+        ]
         if "FACTORYAPP_PORT" in env:
             arguments = arguments[2:]
         code, out, error = run_program(*arguments, **env)
     assert code == 2 and out == "" and hint in error
     assert error.startswith("factoryapp: ") and error.count("\n") == 1
-    assert (tmp_path / "text").stat().st_mode & 0o777 == 0o644 and not (tmp_path / "text.lock").exists()  # not ours: not touched
+    assert (tmp_path / "text").stat().st_mode & 0o777 == 0o644 and not (
+        tmp_path / "text.lock"
+    ).exists()  # not ours: not touched
     assert not (tmp_path / "factoryapp.db").exists()
 
 
@@ -1836,7 +2583,12 @@ def kill_loop(start, bot_api, seconds):
     program, names, headers = start(**env), {"alice": 7, "bob": 8}, {}
     for name, chat_id in names.items():
         headers[name] = join_program(program, name)
-        bot_api.write(chat_id, use(program.url, "/api/users/get-telegram-token/", headers=headers[name])["telegram_token"])
+        bot_api.write(
+            chat_id,
+            use(program.url, "/api/users/get-telegram-token/", headers=headers[name])[
+                "telegram_token"
+            ],
+        )
         bot_api.wait_for(lambda: bot_api.texts(chat_id))
     bot_api.answer_seconds = 0.02
     acknowledged, written, kills = {name: [] for name in names}, [], 0
@@ -1846,8 +2598,15 @@ def kill_loop(start, bot_api, seconds):
         for number in range(10**9):
             while not stop.is_set():
                 try:
-                    if requests.post(program.url + "/api/messages/", json={"text": f"p{number}"}, timeout=5,
-                                     headers=headers[name]).status_code == 201:
+                    if (
+                        requests.post(
+                            program.url + "/api/messages/",
+                            json={"text": f"p{number}"},
+                            timeout=5,
+                            headers=headers[name],
+                        ).status_code
+                        == 201
+                    ):
                         acknowledged[name].append(f"p{number}")
                         break
                     headers[name] = log_in_program(program, name)  # only 5 minutes
@@ -1856,6 +2615,7 @@ def kill_loop(start, bot_api, seconds):
                 time.sleep(0.01)
             if stop.wait(0.12):
                 return
+
     writers = [threading.Thread(target=post_all_the_time, args=(name,)) for name in names]
     for writer in writers:
         writer.start()
@@ -1875,7 +2635,10 @@ def kill_loop(start, bot_api, seconds):
     wanted = {name: set(acknowledged[name]) for name in names}
     wanted["alice"] |= set(written)
     for name, chat_id in names.items():
-        bot_api.wait_for(lambda: wanted[name] <= {text.split()[-1] for text in bot_api.texts(chat_id)}, seconds=60 + seconds)
+        bot_api.wait_for(
+            lambda: wanted[name] <= {text.split()[-1] for text in bot_api.texts(chat_id)},
+            seconds=60 + seconds,
+        )
         arrived = [text.split()[-1] for text in bot_api.texts(chat_id)[1:]]
         once = list(dict.fromkeys(arrived))
         assert len(arrived) - len(once) <= kills  # one send a chat is in flight
@@ -1912,8 +2675,16 @@ def test_foreign_writer_is_waited_for_and_readers_are_served(start, tmp_path):
     headers = join_program(program, "alice")
     timer = hold_write_lock(tmp_path / "factoryapp.db", 3)
     statuses = []
-    posting = [threading.Thread(target=lambda: statuses.append(requests.post(
-        program.url + "/api/messages/", json={"text": "a"}, headers=headers, timeout=10).status_code)) for _ in range(12)]
+    posting = [
+        threading.Thread(
+            target=lambda: statuses.append(
+                requests.post(
+                    program.url + "/api/messages/", json={"text": "a"}, headers=headers, timeout=10
+                ).status_code
+            )
+        )
+        for _ in range(12)
+    ]
     for thread in posting:
         thread.start()
     slowest = 0
@@ -1931,11 +2702,17 @@ def test_foreign_writer_is_waited_for_and_readers_are_served(start, tmp_path):
 def test_full_disk_acknowledges_nothing_and_breaks_nothing(start, tmp_path):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
     program = start(preexec_fn=little_room)
     headers = join_program(program, "alice")
     stored, refused = [], 0
     for n in range(60):
-        response = requests.post(program.url + "/api/messages/", json={"text": f"{n} " + "x" * 10_000}, headers=headers, timeout=10)
+        response = requests.post(
+            program.url + "/api/messages/",
+            json={"text": f"{n} " + "x" * 10_000},
+            headers=headers,
+            timeout=10,
+        )
         if response.status_code == 201:
             stored.append(response.json())
         else:
@@ -1962,16 +2739,25 @@ FAIL_OR(fdatasync)
 """
 
 
-@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler to break the disk")
+@pytest.mark.skipif(
+    not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler to break the disk"
+)
 def test_failed_fsync_ends_the_process(start, tmp_path):
     (tmp_path / "fail.c").write_text(FAILING_FSYNC)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "fail.so", tmp_path / "fail.c", "-ldl"], check=True)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", tmp_path / "fail.so", tmp_path / "fail.c", "-ldl"],
+        check=True,
+    )
     program = start(LD_PRELOAD=str(tmp_path / "fail.so"), FAIL_FSYNC=str(tmp_path / "fail now"))
     headers = join_program(program, "alice")
-    stored = requests.post(program.url + "/api/messages/", json={"text": "stored"}, headers=headers, timeout=10).json()
+    stored = requests.post(
+        program.url + "/api/messages/", json={"text": "stored"}, headers=headers, timeout=10
+    ).json()
     (tmp_path / "fail now").touch()
     with pytest.raises(requests.ConnectionError):  # no answer: nothing acknowledged
-        requests.post(program.url + "/api/messages/", json={"text": "lost?"}, headers=headers, timeout=10)
+        requests.post(
+            program.url + "/api/messages/", json={"text": "lost?"}, headers=headers, timeout=10
+        )
     assert program.process.wait(5) == 1 and "the disk failed to store" in program.log()
     check_database(tmp_path / "factoryapp.db")
     assert stored in use(start().url, "/api/messages/", headers=headers)
@@ -1984,20 +2770,36 @@ def load_with_readers(program, seconds):
     def work(body):
         with requests.Session() as session:
             while not stop.is_set():
-                session.request("POST" if body else "GET", program.url + "/api/messages/", json=body, headers=headers, timeout=10)
-    threads = [threading.Thread(target=work, args=(body,)) for body in [{"text": "x" * 2000}] * 4 + [None] * 2]
+                session.request(
+                    "POST" if body else "GET",
+                    program.url + "/api/messages/",
+                    json=body,
+                    headers=headers,
+                    timeout=10,
+                )
+
+    threads = [
+        threading.Thread(target=work, args=(body,))
+        for body in [{"text": "x" * 2000}] * 4 + [None] * 2
+    ]
     for thread in threads:
         thread.start()
     ends_at = time.monotonic() + seconds
     database = program.folder / "factoryapp.db"
-    while time.monotonic() < ends_at or database.stat().st_size < 1_000_000 and time.monotonic() < ends_at + 20:
+    while (
+        time.monotonic() < ends_at
+        or database.stat().st_size < 1_000_000
+        and time.monotonic() < ends_at + 20
+    ):
         largest = max(largest, (program.folder / "factoryapp.db-wal").stat().st_size)
         headers.update(log_in_program(program, "alice"))
         time.sleep(0.5)
     stop.set()
     for thread in threads:
         thread.join()
-    assert (program.folder / "factoryapp.db").stat().st_size > largest / 2  # it was copied into the database
+    assert (
+        program.folder / "factoryapp.db"
+    ).stat().st_size > largest / 2  # it was copied into the database
     return largest
 
 
@@ -2014,7 +2816,10 @@ def test_fifty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
     program = start()
     headers = join_program(program, "alice")
     done = []
-    logins = [threading.Thread(target=lambda: done.append(log_in_program(program, "alice"))) for _ in range(50)]
+    logins = [
+        threading.Thread(target=lambda: done.append(log_in_program(program, "alice")))
+        for _ in range(50)
+    ]
     for login in logins:
         login.start()
     slowest = most = 0
@@ -2031,7 +2836,9 @@ def test_fifty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
 
 def talk(program, *pieces, seconds=3):
     """Send raw bytes, return all that is answered until the connection is closed (then it ends with EOF) or time is up."""
-    host, port = program if isinstance(program, tuple) else program.url.removeprefix("http://").split(":")
+    host, port = (
+        program if isinstance(program, tuple) else program.url.removeprefix("http://").split(":")
+    )
     answer = b""
     with socket.create_connection((host, int(port)), timeout=seconds) as sock:
         for piece in pieces:
@@ -2049,16 +2856,29 @@ def talk(program, *pieces, seconds=3):
 def test_requests_that_others_might_read_otherwise_are_refused(start):
     program = start()
     head = b"POST /auth/token/verify/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    for lines in (b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", b"Content-Length: +2\r\n\r\n{}",
-                  b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"Transfer-Encoding: \x0bchunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-                  b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", b"X: a\nContent-Length: 2\r\n\r\n{}",
-                  b"Content-Length: -1\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
-                  b"Content-Length: 99999999999999999999\r\n\r\n", b"Content-Length: 2\n\n{}"):
+    for lines in (
+        b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}",
+        b"Content-Length: +2\r\n\r\n{}",
+        b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"Transfer-Encoding: \x0bchunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+        b"X: a\nContent-Length: 2\r\n\r\n{}",
+        b"Content-Length: -1\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        b"Content-Length: 99999999999999999999\r\n\r\n",
+        b"Content-Length: 2\n\n{}",
+    ):
         answer = talk(program, head + lines)
-        assert re.match(rb"HTTP/1.[01] (400|413|501) ", answer) and answer.endswith(b"EOF"), (lines, answer)
+        assert re.match(rb"HTTP/1.[01] (400|413|501) ", answer) and answer.endswith(b"EOF"), (
+            lines,
+            answer,
+        )
         header, _, body = answer.removesuffix(b"EOF").partition(b"\r\n\r\n")
         assert json.loads(body)["detail"] and b"Server" not in header and b"nosniff" in header
-    answer = talk(program, b"POST /auth/token/verify/ HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+    answer = talk(
+        program,
+        b"POST /auth/token/verify/ HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    )
     assert answer.startswith(b"HTTP/1.0 400") and answer.endswith(b"EOF")
 
 
@@ -2066,11 +2886,16 @@ def test_body_over_the_limit_is_refused_by_length_and_chunked(start):
     program = start()
     head = b"POST /auth/token/verify/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
     chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
-    for pieces in ([b"Content-Length: 65537\r\n\r\n", b" " * 65_537], [b"Content-Length: 300000\r\n\r\n"],
-                   [b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 3, b"0\r\n\r\n"],
-                   [b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 7]):
+    for pieces in (
+        [b"Content-Length: 65537\r\n\r\n", b" " * 65_537],
+        [b"Content-Length: 300000\r\n\r\n"],
+        [b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 3, b"0\r\n\r\n"],
+        [b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 7],
+    ):
         answer = talk(program, head + pieces[0], *pieces[1:])
-        assert answer.startswith(b"HTTP/1.1 413") and b'"detail"' in answer and answer.endswith(b"EOF")
+        assert (
+            answer.startswith(b"HTTP/1.1 413") and b'"detail"' in answer and answer.endswith(b"EOF")
+        )
     answer = talk(program, head, b"X: " + b"a" * 20_000 + b"\r\n\r\n")
     assert re.match(rb"HTTP/1.[01] 431", answer) and b'"detail"' in answer
 
@@ -2079,11 +2904,21 @@ def test_pipelined_requests_are_answered_in_order(start):
     program = start()
     headers = join_program(program, "alice")
     authorization = b"Authorization: " + headers["Authorization"].encode() + b"\r\n"
-    post = b'POST /api/messages/ HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 12\r\n' + authorization + b'\r\n{"text":"%d"}'
+    post = (
+        b"POST /api/messages/ HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 12\r\n"
+        + authorization
+        + b'\r\n{"text":"%d"}'
+    )
     get = b"GET /api/messages/ HTTP/1.1\r\n" + authorization + b"\r\n"
     last = b"GET /x HTTP/1.1\r\nConnection: close\r\n\r\n"
     answer = talk(program, b"".join([post % 1, get, post % 2, get, last]))
-    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"201", b"200", b"201", b"200", b"404"] and answer.endswith(b"EOF")
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [
+        b"201",
+        b"200",
+        b"201",
+        b"200",
+        b"404",
+    ] and answer.endswith(b"EOF")
     assert [m["text"] for m in use(program.url, "/api/messages/", headers=headers)] == ["1", "2"]
 
 
@@ -2093,7 +2928,14 @@ def raw_post(headers, more=b""):
     return lines + more + b'Content-Length: 14\r\n\r\n{"text":"one"}'
 
 
-@pytest.mark.parametrize("after", [b"", b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        b"",
+        b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
 def test_no_answer_leaves_before_what_it_acknowledges_is_stored(http, served, monkeypatch, after):
     headers, real = join(http, "alice"), factoryapp.commit
 
@@ -2102,18 +2944,24 @@ def test_no_answer_leaves_before_what_it_acknowledges_is_stored(http, served, mo
             time.sleep(0.1)
             db.is_lost = True
         return real(db)
+
     monkeypatch.setattr(factoryapp, "commit", fail_on_the_serving_thread)
     answer = talk(served, raw_post(headers) + after, seconds=1)
-    assert answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 5" in answer and b"201" not in answer
+    assert (
+        answer.startswith(b"HTTP/1.1 503") and b"Retry-After: 5" in answer and b"201" not in answer
+    )
     assert list_messages(http, headers) == []
 
 
-def test_client_that_leaves_before_a_failed_commit_is_answered_ends_nothing(http, served, monkeypatch):
+def test_client_that_leaves_before_a_failed_commit_is_answered_ends_nothing(
+    http, served, monkeypatch
+):
     headers, real = join(http, "alice"), factoryapp.commit
 
     def fail_on_the_serving_thread(db):
         db.is_lost = factoryapp.may_not_wait()
         return real(db)
+
     monkeypatch.setattr(factoryapp, "commit", fail_on_the_serving_thread)
     for _ in range(20):
         with socket.create_connection(served) as sock:
@@ -2122,13 +2970,23 @@ def test_client_that_leaves_before_a_failed_commit_is_answered_ends_nothing(http
     assert talk(served, b"GET /x HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 404")
 
 
-@pytest.mark.parametrize("path", ["/auth/token/", "//auth/token/", "/auth/token%FF/", "/auth/token"])
+@pytest.mark.parametrize(
+    "path", ["/auth/token/", "//auth/token/", "/auth/token%FF/", "/auth/token"]
+)
 def test_passwords_are_never_hashed_on_the_serving_thread(http, served, monkeypatch, path):
     register(http, "alice")
     threads, real = [], factoryapp.hashlib.scrypt
-    monkeypatch.setattr(factoryapp.hashlib, "scrypt", lambda *a, **k: threads.append(threading.current_thread().name) or real(*a, **k))
+    monkeypatch.setattr(
+        factoryapp.hashlib,
+        "scrypt",
+        lambda *a, **k: threads.append(threading.current_thread().name) or real(*a, **k),
+    )
     body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
-    answer = talk(served, f"POST {path} HTTP/1.0\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    answer = talk(
+        served,
+        f"POST {path} HTTP/1.0\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body,
+    )
     assert answer.startswith(b"HTTP/1.0 200") and len(threads) == 1 and threads[0] != "serving"
 
 
@@ -2150,14 +3008,23 @@ def test_list_of_who_reads_slowly_holds_up_nobody(start, tmp_path):
     db.commit()
     db.close()
     host, port = program.url.removeprefix("http://").split(":")
-    slow = [socket.create_connection((host, int(port))) for _ in range(2 * factoryapp.PATIENT_THREADS)]
+    slow = [
+        socket.create_connection((host, int(port))) for _ in range(2 * factoryapp.PATIENT_THREADS)
+    ]
     for sock in slow:
-        sock.sendall(f"GET /api/messages/ HTTP/1.1\r\nAuthorization: {headers['Authorization']}\r\n\r\n".encode())
+        sock.sendall(
+            f"GET /api/messages/ HTTP/1.1\r\nAuthorization: {headers['Authorization']}\r\n\r\n".encode()
+        )
         assert sock.recv(100)
     started_at = time.monotonic()
     use(program.url, "/health/")
     assert time.monotonic() - started_at < 5
-    most = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{program.process.pid}/status").read_text())[1]) / 1024
+    most = (
+        int(
+            re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{program.process.pid}/status").read_text())[1]
+        )
+        / 1024
+    )
     assert most < 300
     for sock in slow:
         sock.close()
@@ -2180,6 +3047,7 @@ def test_clients_that_trickle_do_not_keep_others_out(start):
                     sock.send(piece)
                 except OSError:
                     pass  # closed: what is hoped for
+
     thread = threading.Thread(target=trickle)
     thread.start()
     try:
@@ -2198,11 +3066,22 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
     env = {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": bot_api.url}
     program = start("--log-level", "debug", **env)
     headers = join_program(program, "alice")
-    requests.post(program.url + "/auth/token/", json={"username": "alice", "password": "wrong-" + PASSWORD}, timeout=10)
+    requests.post(
+        program.url + "/auth/token/",
+        json={"username": "alice", "password": "wrong-" + PASSWORD},
+        timeout=10,
+    )
     token = use(program.url, "/api/users/get-telegram-token/", headers=headers)["telegram_token"]
     bot_api.write(7, "/start " + token)
     bot_api.wait_for(lambda: bot_api.texts(7))
-    failures = ["reset", b"<html>502</html>", {}, [1], {"error_code": 500, "description": "Internal Server Error"}, BLOCKED]
+    failures = [
+        "reset",
+        b"<html>502</html>",
+        {},
+        [1],
+        {"error_code": 500, "description": "Internal Server Error"},
+        BLOCKED,
+    ]
     bot_api.failures[7].extend(failures[:1])
     bot_api.failures["getUpdates"].extend(random.sample(failures, 1))
     bot_api.push({"message": {"message_id": "?", "text": "text-of-a-message", "chat": "nonsense"}})
@@ -2211,33 +3090,68 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
     bot_api.failures[7].append(BLOCKED)
     use(program.url, "/api/messages/", {"text": "text-of-a-message"}, headers, status=201)
     bot_api.wait_for(lambda: len(bot_api.attempts) == 4)
-    requests.get(program.url + "/api/users/", headers={"Authorization": "Bearer " + token}, timeout=10)
+    requests.get(
+        program.url + "/api/users/", headers={"Authorization": "Bearer " + token}, timeout=10
+    )
     assert program.end()[0] == 0
     log = program.log()
     assert "failed" in log and "refused" in log
-    for secret in (BOT_TOKEN, BOT_TOKEN.split(":")[1], PASSWORD, token, headers["Authorization"].split()[1], "text-of-a-message"):
+    for secret in (
+        BOT_TOKEN,
+        BOT_TOKEN.split(":")[1],
+        PASSWORD,
+        token,
+        headers["Authorization"].split()[1],
+        "text-of-a-message",
+    ):
         assert secret not in log
 
 
 def test_page_allows_its_own_style_and_script_alone(http):
     response = http.get("/")
     policy = response.headers["Content-Security-Policy"]
-    assert response.content_type == "text/html" and "default-src 'none'" in policy and "unsafe" not in policy
+    assert (
+        response.content_type == "text/html"
+        and "default-src 'none'" in policy
+        and "unsafe" not in policy
+    )
     for element in ("script", "style"):
         (text,) = re.findall(f"<{element}>(.*?)</{element}>", response.text, re.DOTALL)
         assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
-    assert not re.search(r"""(src|href)="(?!/|\s*")|style="|[ ]on\w+="|url\(|@import|innerHTML|localStorage|cookie""", response.text)
+    assert not re.search(
+        r"""(src|href)="(?!/|\s*")|style="|[ ]on\w+="|url\(|@import|innerHTML|localStorage|cookie""",
+        response.text,
+    )
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_page_runs_in_a_browser(start, tmp_path):
     program = start()
     shown = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'chromium'}",
-         "--virtual-time-budget=2000", "--enable-logging=stderr", "--dump-dom", program.url + "/"],
-        capture_output=True, text=True, timeout=60)
-    assert f"curl {program.url}/api/users/register/" in shown.stdout and "curl ORIGIN" not in shown.stdout
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-sync",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={tmp_path / 'chromium'}",
+            "--virtual-time-budget=2000",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            program.url + "/",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        f"curl {program.url}/api/users/register/" in shown.stdout
+        and "curl ORIGIN" not in shown.stdout
+    )
     assert "Content Security Policy" not in shown.stderr and "Uncaught" not in shown.stderr
 
 
@@ -2248,13 +3162,27 @@ def test_log_has_a_line_for_each_request(start, bot_api):
     use(program.url, "/api/\u043f/%0A", headers=headers, status=404)
     assert program.end()[0] == 0
     lines = [re.sub(r"^\S+ \S+ |\d+\.\d ms", "", line) for line in program.log().splitlines()]
-    assert lines == ["INFO POST /api/users/register/ 201 , user -, 127.0.0.1", "INFO POST /auth/token/ 200 , user -, 127.0.0.1",
-                     "INFO GET /api/messages/ 200 , user 1, 127.0.0.1", "INFO GET /api/%D0%BF/%0A 404 , user -, 127.0.0.1"]
+    assert lines == [
+        "INFO POST /api/users/register/ 201 , user -, 127.0.0.1",
+        "INFO POST /auth/token/ 200 , user -, 127.0.0.1",
+        "INFO GET /api/messages/ 200 , user 1, 127.0.0.1",
+        "INFO GET /api/%D0%BF/%0A 404 , user -, 127.0.0.1",
+    ]
 
 
 def test_help_explains_every_setting():
     code, out, _ = run_program("--help")
     assert code == 0
-    for setting in ("--host", "--port", "--db", "FACTORYAPP_HOST", "FACTORYAPP_PORT", "FACTORYAPP_DB", "TELEGRAM_BOT_TOKEN",
-                    "TELEGRAM_API_URL", "FACTORYAPP_SECRET", "--trusted-proxy"):
+    for setting in (
+        "--host",
+        "--port",
+        "--db",
+        "FACTORYAPP_HOST",
+        "FACTORYAPP_PORT",
+        "FACTORYAPP_DB",
+        "TELEGRAM_BOT_TOKEN",
+        "TELEGRAM_API_URL",
+        "FACTORYAPP_SECRET",
+        "--trusted-proxy",
+    ):
         assert setting in out
