@@ -1,7 +1,8 @@
 -- FactoryApp's database. Applied whole at every start: it adds what is missing and drops nothing.
 --
 -- *_at columns that end up in an answer are ISO 8601 text in UTC with a Z; those the server computes with are seconds since
--- 1970 (REAL). PRAGMA user_version (set by factoryapp.py) numbers this schema; a database from a newer one is refused.
+-- 1970 (REAL). PRAGMA user_version (set by factoryapp.py) numbers this schema: what an older database needs to get here is a
+-- step of LADDER there, climbed before this is applied; a newer one is refused. No index calls a function of ours.
 
 -- The key that signs every JWT. Made at first start; a row here is what makes tokens survive a restart.
 CREATE TABLE IF NOT EXISTS signing_key (
@@ -28,8 +29,9 @@ CREATE INDEX IF NOT EXISTS blacklisted_tokens_by_expiry ON blacklisted_tokens (e
 CREATE TABLE IF NOT EXISTS link_tokens (
     user_id    INTEGER PRIMARY KEY REFERENCES users ON DELETE CASCADE,
     token_hash BLOB NOT NULL UNIQUE,               -- SHA-256; the token itself is random 256 bits and kept nowhere
-    expires_at REAL NOT NULL
+    expires_at REAL NOT NULL                       -- past it the token is dead and the row may go
 ) STRICT;
+CREATE INDEX IF NOT EXISTS link_tokens_by_expiry ON link_tokens (expires_at);
 
 -- The bots that have spoken for this database: 0 is the terminal, else Telegram's id of the bot.
 CREATE TABLE IF NOT EXISTS bots (
