@@ -3093,9 +3093,12 @@ def describe_answers(said):
 
 
 # --- Server ---------------------------------------------------------------------------------------
-# Rounds, lanes, limits: the one room that knows waitress. It can be read alone, if one knows that
-# `transaction()` is one write to the disk, and within another a part of it that may fail alone; and
-# that a route that would hold others up raises Elsewhere before anything of it has run.
+# Rounds, lanes, limits: the one room that knows waitress. It can be read alone, if one knows this:
+# `with transaction()` takes the write lock, for which it waits `local.patience` seconds, commits at
+# its end, and raises sqlite3.Error where either fails or what was written is gone; within another
+# it is a part of that, which may fail alone. A route answers its own failures, so none ends a
+# round. One that declares another lane than it is served in raises Elsewhere before anything of it
+# has run.
 #
 # Of waitress it leans on what is not documented: Channel's and TcpWSGIServer's constructors and
 # attributes (requests, request, connected, last_activity, total_outbufs_len, will_close,
@@ -3178,7 +3181,7 @@ class Channel(HTTPChannel):
     task_class = RouteTask
     error_task_class = JsonErrorTask
     parser_class = TimedRequest
-    lane = None  # where the request is served, None: in a round
+    lane = None  # where its request is served, None: in a round
     held = None  # in a round: the pieces of the answer, which is not to leave before the commit
     owes_continue = False  # to a request behind it that asked for 100-continue
     is_kept = False  # its next request is served once it has taken more of its answers
@@ -3201,12 +3204,12 @@ class Channel(HTTPChannel):
         return self.held is not None
 
     def let_go(self, is_stored=True):
-        """Send the answer that is held; or that it could not be stored, and close."""
-        held, self.held = self.held, None
+        """Send the answer that is held. If its round was lost, a success is a 503, and closes."""
+        answer, self.held = b"".join(self.held), None
+        is_success = answer.startswith((b"HTTP/1.1 2", b"HTTP/1.0 2"))
         if not self.connected:
             return
-        if is_stored:
-            answer = b"".join(held)
+        if is_stored or not is_success:
             if not self.total_outbufs_len:
                 # What the socket takes at once needs no buffer.
                 answer = answer[self.send(answer) :]
@@ -3288,6 +3291,7 @@ class Server(TcpWSGIServer):
         super().__init__(
             app,
             _sock=sock,
+            # Not used: add_task() is ours. Without one waitress would start threads.
             dispatcher=self.lanes["patient"],
             bind_socket=False,
             ident=None,
@@ -3301,8 +3305,9 @@ class Server(TcpWSGIServer):
         )
 
     def serve(self, stop):
-        """Serve until told to stop. This thread waits for nobody: everybody would."""
+        """Serve until told to stop. This thread waits for nobody but the disk: everybody would."""
         self.thread = threading.get_ident()
+        # With a connection of its own, which waits no longer.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         while not stop.is_set():
             # Reads what there is, sends what can be sent.
@@ -3316,7 +3321,7 @@ class Server(TcpWSGIServer):
         self.arrived.append(channel)
 
     def serve_round(self):
-        """Serve all that arrived; what it writes is one transaction."""
+        """Serve all that arrived: reads, then all that may write in one transaction."""
         readers, writers = [], deque()
         for _ in range(len(self.arrived)):
             channel = self.arrived.popleft()
@@ -3334,23 +3339,27 @@ class Server(TcpWSGIServer):
             self.serve_writers(writers)
 
     def serve_writers(self, waiting):
-        """Serve these in one transaction. Nobody is told that it worked before it is on disk."""
-        served = []  # (channel, whether it wrote)
+        """Serve these in one transaction. Nobody is told that it worked before it is on disk.
+
+        Not even who wrote nothing: that may rest on what another of the round wrote.
+        """
+        served = []
         is_begun = is_stored = False
         try:
             with transaction() as db:
                 is_begun = True
-                # A full disk takes back the transaction: then the others come in the next round.
+                # A full disk takes back the transaction: it is lost, and the others come in the
+                # next round.
                 while waiting and db.in_transaction:
-                    channel, changes = waiting.popleft(), db.total_changes
+                    channel = waiting.popleft()
                     if channel.serve_in_round():
-                        served.append((channel, db.total_changes > changes))
+                        served.append(channel)
             is_stored = True
         except sqlite3.Error as error:
             if is_begun:
-                log.error(f"{len(served)} requests could not be stored: {error}")
-        for channel, wrote in served:
-            channel.let_go(is_stored or not wrote)
+                log.error(f"a round of {len(served)} requests could not be stored: {error}")
+        for channel in served:
+            channel.let_go(is_stored)
         # Nothing of these has run.
         for channel in waiting:
             if is_begun:

@@ -2574,6 +2574,13 @@ def test_of_a_round_that_cannot_be_committed_all_who_wrote_are_told(http, lost_c
     assert list_messages(http, headers) == []
 
 
+def test_replay_of_what_its_own_round_loses_is_no_success(http, lost_commits):
+    headers = {**join(http, "alice"), "Idempotency-Key": "a-key"}
+    lost_commits()
+    assert ask_statuses(http, headers, "one", "one") == [503, 503]
+    assert list_messages(http, headers) == []
+
+
 @pytest.mark.parametrize("text", [BREAKS, BREAKS_AT_ONCE])
 def test_broken_constraint_is_a_fault_of_ours(http, text):
     headers = join(http, "alice")
