@@ -11,7 +11,7 @@ One message's journey:
      update, and the offset behind it, are one transaction.
 
 Threads: the serving thread reads every request and serves most. 4 patient and 2 hashing threads
-take what would hold it up, 16 senders deliver, one polling thread listens to Telegram or to the
+take what would hold it up, 64 senders deliver, one polling thread listens to Telegram or to the
 terminal. They share the database, `turns` and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
@@ -52,7 +52,7 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from heapq import heapify, heappop, heappush
@@ -61,10 +61,10 @@ from typing import NamedTuple, Protocol
 
 try:
     import jwt
-    import requests
     import telebot
     from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
     from telebot import apihelper
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from waitress import wasyncore
     from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
@@ -83,7 +83,7 @@ except ModuleNotFoundError as error:
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit
 # in its name.
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
@@ -123,15 +123,23 @@ WAL_RESTART_MILLISECONDS = 100
 
 # Telegram
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
-SENDERS = 16  # threads
+SENDERS = 64  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
 SENDS_BURST = 5  # at once, so that the network's jitter makes no second of more than that
 SEND_TIMEOUT_SECONDS = 15
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
-RETRY_AFTER_MAX_SECONDS = 3600
+SLOW_SECONDS = 60  # after a 429: its chat gets one message a second for so long
+REFUSALS = 3  # in a row, of as many chats, after which all wait
+FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
+FAILING_SECONDS = 3600
+MISSING_SECONDS = 600  # until "chat not found" is believed
+TEXT_ONLY_SECONDS = 5  # that is said once in a chat
+HEARD_SECONDS = 3 * 24 * 3600
 UPDATE_TRIES = 3
+CHECK_SECONDS = 60  # between two comparisons of Turns with the outbox
+CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
 # The server
 PATIENT_THREADS = 4
@@ -174,7 +182,14 @@ def iso(seconds):
 # All the bot says, and how a long text is split.
 
 OWN_COPY = "{username}, я получил от тебя сообщение:\n\n{text}"
+OWN_COPY_FOR = "{username}, я получил от тебя сообщение для {recipient}:\n\n{text}"
 FROM_ANOTHER = "Сообщение от {username}:\n\n{text}"
+LATER_PART = "{username} ({n}/{of}):\n\n{text}"
+# Whom a reply to one of these is for, where nothing else tells.
+HEADER = re.compile(
+    r"(?:Сообщение от (NAME)|NAME, я получил от тебя сообщение для (NAME)|"
+    r"(NAME), я получил от тебя сообщение|(NAME) \(\d+/\d+\)):(?!\S)".replace("NAME", r"[\w.@+-]+")
+)
 NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ."
 
 HOW_TO_GET_A_TOKEN = (
@@ -197,6 +212,13 @@ NOT_LINKED = f"""\
 
 {HOW_TO_GET_A_TOKEN}"""
 LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
+STOP_FIRST = (
+    "Этот чат привязан к аккаунту {username}. Чтобы привязать другой аккаунт, пришлите сначала "
+    "/stop, а потом токен."
+)
+TOKEN_SEEN = (
+    "Этот токен увидели другие, и он больше не действует. Получите новый и пришлите его мне лично."
+)
 UNLINKED = f"""\
 Чат отвязан от аккаунта {{username}}. Чтобы привязать его снова, пришлите новый токен.
 
@@ -216,6 +238,8 @@ UNKNOWN_COMMAND = f"Такой команды я не знаю.\n\n{HELP}"
 TOO_LONG = f"Это слишком длинно: я принимаю до {MAX_TEXT} символов."
 TEXT_ONLY = "Я читаю только текст."
 NO_CHAT = "Сообщение сохранено, но не доставлено: у пользователя {username} нет привязанного чата."
+EDITED = "Правок я не вижу: пришлите исправленное новым сообщением."
+UNKNOWN_REPLY = "Я не знаю, чьё это сообщение, поэтому никому ничего не передаю."
 PRIVATE_ONLY = "Привязать можно только личный чат: напишите мне лично."
 
 # Flags are pairs of these letters.
@@ -231,8 +255,7 @@ def is_inside_cluster(text, i):
     """
     before, after = text[i - 1 : i + 1]
     if before in FLAG_LETTERS and after in FLAG_LETTERS:
-        run = text[max(0, i - 256) : i]
-        return (len(run) - len(run.rstrip(FLAG_LETTERS))) % 2 == 1
+        return (i - len(text[:i].rstrip(FLAG_LETTERS))) % 2 == 1
     return (
         unicodedata.category(after)[0] == "M"
         or "\u200d" in (before, after)
@@ -250,14 +273,29 @@ def find_cut(text, limit):
     return limit
 
 
-def split_text(text, limit=TELEGRAM_MAX_TEXT):
-    """The text as parts of at most `limit` code points, none blank."""
+# What Telegram strips or trims: to it, a text of nothing else is empty.
+NOTHING = re.compile("[\\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]*")
+
+
+def split_text(text, username=""):
+    """The text as Telegram messages, none empty; the later ones say whose it is.
+
+    In NFC, since Telegram strips some accents that stand alone.
+    """
+    text = unicodedata.normalize("NFC", text)
+    room = TELEGRAM_MAX_TEXT
+    later_room = room - len(LATER_PART.format(username=username, n=99, of=99, text=""))
     parts = []
-    while len(text) > limit:
-        cut = find_cut(text, limit)
+    while len(text) > room:
+        cut = find_cut(text, room)
         parts.append(text[:cut])
-        text = text[cut:]
-    return [part for part in (*parts, text) if part.strip()]
+        text, room = text[cut:], later_room
+    first, *later = [part for part in (*parts, text) if not NOTHING.fullmatch(part)]
+    of = len(later) + 1
+    return [first] + [
+        LATER_PART.format(username=username, n=n, of=of, text=part)
+        for n, part in enumerate(later, 2)
+    ]
 
 
 # --- Turns ----------------------------------------------------------------------------------------
@@ -311,14 +349,27 @@ class Turns:
             self.queued = set()  # busy chats that something was queued for meanwhile
             self.hurried = set()  # chats that were busy when hurry() was called
             self.sent_at = deque(maxlen=SENDS_PER_SECOND)
+            # In seconds since 1970: the last send that did not fail, the last hurry().
+            self.passed_at = self.back_at = 0
+            self.slow = {}  # chat: until when it gets one message a second
+            self.refused = {}  # chat: until when it waits, of the 429s since a send passed
+            self.barred_until = 0  # the whole bot
+            self.checked_at, self.clock_is_ahead = ticks(), now() - ticks()
             self.looked_at = math.inf  # when the next waiting sender looks again
             for chat_id, again in queues:
                 self.put(chat_id, again)
             self.changed.notify_all()
 
     def put(self, chat_id, again):
-        """Note when a chat's turn comes. The caller holds the lock."""
-        turn = Turn(ticks() + again.seconds, chat_id, again.why)
+        """Note when a chat's turn comes. The caller holds the lock.
+
+        What is queued for a chat brings its turn forward, but never ends a pause.
+        """
+        least = 1 if ticks() < self.slow.get(chat_id, 0) else 0
+        turn = Turn(ticks() + max(again.seconds, least), chat_id, again.why)
+        known = self.due.get(chat_id, turn)
+        if turn.why == "early" and (known.why != "early" or known.due_at < turn.due_at):
+            return
         self.due[chat_id] = turn
         heap = self.suspects if turn.why == "failed" else self.order
         heappush(heap, turn)
@@ -340,17 +391,14 @@ class Turns:
         """When the bot may speak again."""
         sent_at = self.sent_at
         paces = (n for n in (SENDS_BURST, SENDS_PER_SECOND) if len(sent_at) >= n)
-        return max((sent_at[-n] + n / SENDS_PER_SECOND for n in paces), default=0)
+        return max(self.barred_until, *(sent_at[-n] + n / SENDS_PER_SECOND for n in paces), 0)
 
     def wake(self, bot_id, chat_id):
-        """Something was queued for the chat. One that waits out a pause goes on waiting."""
+        """Something was queued for the chat."""
         with self.changed:
-            if bot_id != self.bot_id:
-                return
-            turn = self.due.get(chat_id)
             if chat_id in self.busy:
                 self.queued.add(chat_id)
-            elif not turn or (turn.why == "early" and turn.due_at > ticks()):
+            elif bot_id == self.bot_id:
                 self.put(chat_id, Again(0, "early"))
 
     def take(self, wait_seconds=0):
@@ -398,15 +446,62 @@ class Turns:
     def give_back(self, chat_id, again):
         """The sender is done with the chat. `again` is None when all is said."""
         with self.changed:
-            self.busy.pop(chat_id, None)
-            if chat_id in self.queued and (again is None or again.why == "early"):
+            _, delivery_id = self.busy.pop(chat_id, (None, None))
+            why = again.why if again else "early"
+            if why == "told":
+                self.note_refusal(chat_id, ticks() + again.seconds)
+            elif why == "early" and delivery_id:
+                self.refused.clear()
+                self.passed_at = now()
+            if why == "early" and chat_id in self.queued:
                 again = Again(0, "early")
-            elif chat_id in self.hurried and again and again.why == "failed":
+            elif why == "failed" and chat_id in self.hurried:
                 again = Again(min(again.seconds, 1), "failed")
             self.queued.discard(chat_id)
             self.hurried.discard(chat_id)
             if again:
                 self.put(chat_id, again)
+
+    def note_refusal(self, chat_id, until):
+        """Telegram told the chat to wait. The caller holds the lock.
+
+        When it tells some chats in a row it means the bot: all wait for the shortest of them.
+        """
+        self.slow[chat_id] = until + SLOW_SECONDS
+        self.refused.pop(chat_id, None)
+        self.refused[chat_id] = until
+        latest = list(self.refused.values())[-REFUSALS:]
+        if len(latest) == REFUSALS:
+            self.barred_until = min(latest)
+
+    def needs_check(self):
+        """Why Turns has to be compared with the outbox: "stepped" clock, "due"; or None."""
+        with self.changed:
+            clock_is_ahead = now() - ticks()
+            is_stepped = abs(clock_is_ahead - self.clock_is_ahead) > CLOCK_SECONDS
+            if not is_stepped and ticks() - self.checked_at < CHECK_SECONDS:
+                return None
+            self.checked_at = ticks()
+            self.slow = {chat: until for chat, until in self.slow.items() if until > ticks()}
+            if not is_stepped:
+                # Steps too small to count add up.
+                return "due"
+            self.clock_is_ahead = clock_is_ahead
+            return "stepped"
+
+    def find_lost(self, queues, slack=2 * CLOCK_SECONDS, mend=False):
+        """Which of these chats, as the outbox has them, are not known, or would wait longer."""
+        lost = []
+        with self.changed:
+            for chat_id, again in queues:
+                turn = self.due.get(chat_id)
+                latest = ticks() + again.seconds + slack
+                is_known = turn and (turn.why != "early" or turn.due_at <= latest)
+                if not is_known and chat_id not in self.busy:
+                    lost.append(chat_id)
+                    if mend:
+                        self.put(chat_id, again)
+        return lost
 
     def hurry(self):
         """Telegram is back: what waited for that is due now. Whom it told to wait, waits."""
@@ -416,6 +511,7 @@ class Turns:
             self.suspects = [turn._replace(due_at=ticks()) for turn in failed]
             self.due.update((turn.chat_id, turn) for turn in self.suspects)
             self.hurried = set(self.busy)
+            self.back_at = now()
             self.changed.notify_all()
 
 
@@ -436,9 +532,16 @@ class Connection(sqlite3.Connection):
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
 
+    def run(self, sql, *values):
+        return self.execute(sql, values)
+
+    def changes(self, sql, *values):
+        """Whether it changed a row."""
+        return self.run(sql, *values).rowcount == 1
+
     def one(self, sql, *values):
         """The first row, or None."""
-        return self.execute(sql, values).fetchone()
+        return self.run(sql, *values).fetchone()
 
 
 class opened:
@@ -508,7 +611,7 @@ def transaction():
     """
     db = connection()
     if db.in_transaction:
-        with part(db):
+        with savepoint(db):
             yield db
         return
     check_file()
@@ -528,7 +631,7 @@ def transaction():
 
 
 @contextmanager
-def part(db):
+def savepoint(db):
     """A part of a transaction: when it fails, the rest stands.
 
     Unless SQLite has taken all back, as it does when the disk is full.
@@ -589,7 +692,15 @@ def checkpoint(db):
 
 
 # What brings an older schema one version up: version: SQL. schema.sql makes what is new since.
-LADDER = {}
+LADDER = {
+    1: """
+    ALTER TABLE chats ADD COLUMN token_hash BLOB;
+    ALTER TABLE outbox ADD COLUMN thread_id INTEGER;
+    ALTER TABLE outbox ADD COLUMN pause REAL NOT NULL DEFAULT 0;
+    ALTER TABLE outbox ADD COLUMN failing_since REAL;
+    ALTER TABLE outbox ADD COLUMN missing_since REAL
+    """,
+}
 
 
 def check_store():
@@ -658,9 +769,9 @@ def open_store():
             f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
         with transaction() as db:
-            db.execute(
+            db.run(
                 "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
-                (secrets.token_bytes(SECRET_MIN_BYTES),),
+                secrets.token_bytes(SECRET_MIN_BYTES),
             )
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
     except (OSError, sqlite3.Error) as error:
@@ -672,9 +783,11 @@ def open_store():
 
 def add_user(db, username, password_hash):
     """The new user's id. Raises sqlite3.IntegrityError when the name is taken."""
-    return db.execute(
+    return db.run(
         "INSERT INTO users (username, password, created_at) VALUES (?, ?, ?)",
-        (username, password_hash, iso(now())),
+        username,
+        password_hash,
+        iso(now()),
     ).lastrowid
 
 
@@ -693,26 +806,29 @@ def set_password(db, user_id, old_hash, new_hash):
 
     False when the old one is not the user's any more.
     """
-    db.execute("DELETE FROM link_tokens WHERE user_id = ?", (user_id,))
-    changed = db.execute(
+    db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
+    return db.changes(
         "UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
-        (new_hash, int(now()) + 1, user_id, old_hash),
+        new_hash,
+        int(now()) + 1,
+        user_id,
+        old_hash,
     )
-    return changed.rowcount == 1
 
 
 def add_blacklisted_token(db, jti, expires_at):
     """End a refresh token before its time; some whose time has passed are forgotten."""
-    db.execute(
+    db.run(
         """
         DELETE FROM blacklisted_tokens WHERE jti IN (
             SELECT jti FROM blacklisted_tokens WHERE expires_at < ? LIMIT 100)
         """,
-        (now(),),
+        now(),
     )
-    db.execute(
+    db.run(
         "INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        (jti, expires_at),
+        jti,
+        expires_at,
     )
 
 
@@ -729,29 +845,38 @@ def add_link_token(db, user_id, token, expires_at):
 
     Some whose time has passed are forgotten.
     """
-    db.execute(
+    db.run(
         """
         DELETE FROM link_tokens WHERE user_id IN (
             SELECT user_id FROM link_tokens WHERE expires_at < ? LIMIT 100)
         """,
-        (now(),),
+        now(),
     )
-    db.execute(
+    db.run(
         "INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
-        (user_id, hash_token(token), expires_at),
+        user_id,
+        hash_token(token),
+        expires_at,
+    )
+
+
+def find_link_token_user(db, token):
+    """The user the token was made for, or None when it is wrong, used, replaced or too old."""
+    return db.one(
+        """
+        SELECT users.id, username FROM link_tokens JOIN users ON users.id = user_id
+        WHERE token_hash = ? AND expires_at > ?
+        """,
+        hash_token(token),
+        now(),
     )
 
 
 def spend_link_token(db, token):
-    """The user the token was made for, or None when it is wrong, used, replaced or too old.
-
-    It works once.
-    """
-    row = db.one(
-        "DELETE FROM link_tokens WHERE token_hash = ? RETURNING user_id, expires_at",
-        hash_token(token),
-    )
-    return find_user(db, row["user_id"]) if row and row["expires_at"] > now() else None
+    """The token is dead from now on. True when it was alive."""
+    is_alive = find_link_token_user(db, token) is not None
+    db.run("DELETE FROM link_tokens WHERE token_hash = ?", hash_token(token))
+    return is_alive
 
 
 def find_bot(db, bot_id):
@@ -761,39 +886,46 @@ def find_bot(db, bot_id):
 
 def set_bot_name(db, bot_id, username):
     """Remember what people call the bot, without the @."""
-    db.execute(
+    db.run(
         """
         INSERT INTO bots (id, username) VALUES (?, ?)
         ON CONFLICT (id) DO UPDATE SET username = excluded.username
         """,
-        (bot_id, username),
+        bot_id,
+        username,
     )
 
 
 def set_offset(db, bot_id, next_update_id):
     """Remember which update the bot asks for next: those before it have been received."""
-    db.execute(
+    db.run(
         """
         INSERT INTO bots (id, next_update_id) VALUES (?, ?)
         ON CONFLICT (id) DO UPDATE SET next_update_id = excluded.next_update_id
         """,
-        (bot_id, next_update_id),
+        bot_id,
+        next_update_id,
     )
 
 
-def set_chat(db, bot_id, chat_id, user_id):
+def set_chat(db, bot_id, chat_id, user_id, token):
     """From now on this chat, and no other, speaks for this user, and for no other."""
-    db.execute(
+    db.run(
         """
-        INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at) VALUES (?, ?, ?, ?)
+        INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at, token_hash)
+        VALUES (?, ?, ?, ?, ?)
         """,
-        (bot_id, chat_id, user_id, iso(now())),
+        bot_id,
+        chat_id,
+        user_id,
+        iso(now()),
+        hash_token(token),
     )
 
 
 def delete_chat(db, bot_id, chat_id):
     """The chat speaks for nobody from now on."""
-    db.execute("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", (bot_id, chat_id))
+    db.run("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", bot_id, chat_id)
 
 
 def find_chat(db, user_id):
@@ -802,10 +934,10 @@ def find_chat(db, user_id):
 
 
 def find_chat_user(db, bot_id, chat_id):
-    """The user the chat is linked to, or None."""
+    """The user the chat is linked to, with the hash of the token that did it, or None."""
     return db.one(
         """
-        SELECT users.id, username FROM chats JOIN users ON users.id = user_id
+        SELECT users.id, username, token_hash FROM chats JOIN users ON users.id = user_id
         WHERE bot_id = ? AND chat_id = ?
         """,
         bot_id,
@@ -815,21 +947,94 @@ def find_chat_user(db, bot_id, chat_id):
 
 def add_told_group(db, bot_id, chat_id):
     """True the first time, False when the group has been told before."""
-    added = db.execute(
+    return db.changes(
         "INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        (bot_id, chat_id),
+        bot_id,
+        chat_id,
     )
-    return added.rowcount == 1
+
+
+def move_told_group(db, bot_id, old_chat_id, chat_id):
+    """The group has another id now: what it was told, it was."""
+    db.run(
+        """
+        INSERT OR IGNORE INTO told_groups (bot_id, chat_id)
+        SELECT bot_id, ? FROM told_groups WHERE bot_id = ? AND chat_id = ?
+        """,
+        chat_id,
+        bot_id,
+        old_chat_id,
+    )
+
+
+def add_heard(db, bot_id, chat_id, message_id, text, album):
+    """True the first time that a message is heard; some heard long ago are forgotten."""
+    db.run(
+        """
+        DELETE FROM heard WHERE (bot_id, chat_id, message_id) IN (
+            SELECT bot_id, chat_id, message_id FROM heard WHERE heard_at < ? LIMIT 100)
+        """,
+        now() - HEARD_SECONDS,
+    )
+    return db.changes(
+        """
+        INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash, album)
+        VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+        """,
+        bot_id,
+        chat_id,
+        message_id,
+        now(),
+        hash_token(text) if text else None,
+        album,
+    )
+
+
+def set_told_text_only(db, bot_id, chat_id, message_id):
+    """Note that the chat is told so. False when it was a moment ago, or for the same album."""
+    return db.changes(
+        """
+        UPDATE heard AS this SET was_told = 1
+        WHERE bot_id = ? AND chat_id = ? AND message_id = ? AND NOT EXISTS (
+            SELECT 1 FROM heard AS that
+            WHERE that.bot_id = this.bot_id AND that.chat_id = this.chat_id AND that.was_told
+            AND (abs(that.heard_at - ?) < ? OR that.album = this.album))
+        """,
+        bot_id,
+        chat_id,
+        message_id,
+        now(),
+        TEXT_ONLY_SECONDS,
+    )
+
+
+def set_edited(db, bot_id, chat_id, message_id, text):
+    """Note that a text has changed. False when it has not, was not heard, or had before."""
+    return db.changes(
+        """
+        UPDATE heard SET text_hash = NULL
+        WHERE bot_id = ? AND chat_id = ? AND message_id = ? AND text_hash <> ?
+        """,
+        bot_id,
+        chat_id,
+        message_id,
+        hash_token(text) if text else None,
+    )
 
 
 def add_message(db, sender_id, recipient_id, text, source, delivery):
     """Store a message. Returns its id."""
-    return db.execute(
+    return db.run(
         """
         INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
         VALUES (?, ?, ?, ?, ?, ?)
         """,
-        (sender_id, recipient_id, text, iso(now()), source, delivery),
+        sender_id,
+        recipient_id,
+        text,
+        iso(now()),
+        source,
+        delivery,
     ).lastrowid
 
 
@@ -903,12 +1108,17 @@ def list_rows(db, listing, page):
 
 def add_idempotency_key(db, user_id, key, request_hash, message_id, delivery):
     """Remember what a request with this key was answered."""
-    db.execute(
+    db.run(
         """
         INSERT OR REPLACE INTO idempotency_keys
         (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)
         """,
-        (user_id, key, request_hash, message_id, delivery, now()),
+        user_id,
+        key,
+        request_hash,
+        message_id,
+        delivery,
+        now(),
     )
 
 
@@ -930,35 +1140,46 @@ def find_idempotency_key(db, user_id, key):
 
 def forget_idempotency_keys(db):
     """Forget some of those whose day has passed."""
-    db.execute(
+    db.run(
         """
         DELETE FROM idempotency_keys WHERE (user_id, key) IN (
             SELECT user_id, key FROM idempotency_keys WHERE used_at < ? LIMIT 100)
         """,
-        (now() - IDEMPOTENCY_SECONDS,),
+        now() - IDEMPOTENCY_SECONDS,
     )
 
 
-def add_delivery(db, bot_id, chat_id, text, message_id, is_last, silent, send_at):
+def add_delivery(db, bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id):
     """Queue one Telegram message."""
-    db.execute(
+    db.run(
         """
-        INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last, silent, send_at, queued_at)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+        INSERT INTO outbox
+        (bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id, queued_at)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
-        (bot_id, chat_id, text, message_id, is_last, silent, send_at, now()),
+        bot_id,
+        chat_id,
+        text,
+        message_id,
+        is_last,
+        silent,
+        send_at,
+        thread_id,
+        now(),
     )
     db.queued_for.add((bot_id, chat_id))
 
 
 def move_deliveries(db, old_chat, bot_id, chat_id):
     """What is queued for one chat, a (bot id, chat id), is queued for another from now on."""
-    db.execute(
+    db.run(
         """
         UPDATE outbox SET bot_id = ?, chat_id = ?
         WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         """,
-        (bot_id, chat_id, *old_chat),
+        bot_id,
+        chat_id,
+        *old_chat,
     )
     db.queued_for.add((bot_id, chat_id))
 
@@ -966,20 +1187,18 @@ def move_deliveries(db, old_chat, bot_id, chat_id):
 def list_queues(db, bot_id):
     """(chat id, Again) of each chat with something queued.
 
-    The clock may have been set back: no retry waits longer than Telegram ever asked for.
+    The clock may have been set back: no retry waits longer than its own pause. A chat that was told
+    to wait does, though something else in it may come first by now.
     """
-    queues = db.execute(
+    queues = db.run(
         """
-        SELECT chat_id, max(0, send_at - :now, min(due_at - :now, :longest)),
-            CASE WHEN due_at > max(send_at, :now) THEN 'failed' ELSE 'early' END
-        FROM (SELECT DISTINCT chat_id AS queue FROM outbox
-              WHERE bot_id = :bot_id AND given_up_at IS NULL)
-        JOIN outbox ON id = (
-            SELECT id FROM outbox
-            WHERE bot_id = :bot_id AND chat_id = queue AND given_up_at IS NULL
-            ORDER BY send_at, id LIMIT 1)
+        SELECT chat_id, max(0, min(send_at) - ?1, max(min(due_at - ?1, pause))),
+            CASE WHEN max(due_at) <= max(min(send_at), ?1) THEN 'early'
+                WHEN max(error LIKE '429 %') THEN 'told' ELSE 'failed' END
+        FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL GROUP BY chat_id
         """,
-        {"bot_id": bot_id, "now": now(), "longest": RETRY_AFTER_MAX_SECONDS},
+        now(),
+        bot_id,
     )
     return [(chat_id, Again(seconds, why)) for chat_id, seconds, why in queues]
 
@@ -988,7 +1207,8 @@ def find_head(db, bot_id, chat_id):
     """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
     return db.one(
         """
-        SELECT id, bot_id, chat_id, text, message_id, is_last, silent, send_at, attempts, due_at
+        SELECT id, bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id,
+            attempts, due_at, pause, failing_since, missing_since
         FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         ORDER BY send_at, id LIMIT 1
         """,
@@ -1034,11 +1254,20 @@ def settle_sent(db, delivery, telegram_message_id):
         db.execute(statement, {**delivery, "telegram_message_id": telegram_message_id})
 
 
-def settle_later(db, delivery, due_at, error):
-    """The delivery failed for now; it is due again at `due_at`."""
-    db.execute(
-        "UPDATE outbox SET attempts = attempts + 1, due_at = ?, error = ? WHERE id = ?",
-        (due_at, error, delivery["id"]),
+def settle_later(db, delivery, pause, error, is_missing):
+    """The delivery failed for now; it is due again after the pause."""
+    db.run(
+        """
+        UPDATE outbox SET attempts = attempts + 1, pause = ?1, due_at = ?2 + ?1, error = ?3,
+            failing_since = coalesce(failing_since, ?2),
+            missing_since = CASE WHEN ?4 THEN coalesce(missing_since, ?2) END
+        WHERE id = ?5
+        """,
+        pause,
+        now(),
+        error,
+        is_missing,
+        delivery["id"],
     )
 
 
@@ -1047,26 +1276,30 @@ def set_given_up(db, reason, delivery_id, bot_id, chat_id):
 
     The ids of the messages of which it was the recipient's copy.
     """
-    rows = db.execute(
+    rows = db.run(
         """
         UPDATE outbox SET given_up_at = ?, error = ?
         WHERE given_up_at IS NULL AND (id = ? OR (bot_id = ? AND chat_id = ?))
         RETURNING message_id
         """,
-        (iso(now()), reason, delivery_id, bot_id, chat_id),
+        iso(now()),
+        reason,
+        delivery_id,
+        bot_id,
+        chat_id,
     ).fetchall()
     return [row["message_id"] for row in rows]
 
 
 def fail_messages(db, message_ids):
     """Their copies were given up. (sender id, recipient id) of each that was not known to be."""
-    return db.execute(
+    return db.run(
         """
         UPDATE messages SET delivery = 'failed'
         WHERE id IN (SELECT value FROM json_each(?)) AND delivery <> 'failed'
         RETURNING sender_id, recipient_id
         """,
-        (json.dumps(message_ids),),
+        json.dumps(message_ids),
     ).fetchall()
 
 
@@ -1256,15 +1489,18 @@ login_throttle = LoginThrottle()
 # Queue what the bot shall say; then one delivery, one round, the loop.
 
 
-def queue_text(db, chat, text, message_id=None, silent=False, send_at=0):
+def queue_text(
+    db, chat, text, username="", message_id=None, silent=False, send_at=0, thread_id=None
+):
     """Queue what the bot shall say in a chat, in as many parts as Telegram needs.
 
-    `chat` is (bot id, chat id), or None: then there is nowhere to say it. `message_id` is the
-    message whose recipient's copy this is.
+    `chat` is (bot id, chat id), or None: then there is nowhere to say it. `username` is whose text
+    it is, `message_id` the message whose recipient's copy it is.
     """
-    parts = split_text(text) if chat else ()
-    for number, part_text in enumerate(parts, 1):
-        add_delivery(db, *chat, part_text, message_id, number == len(parts), silent, send_at)
+    parts = split_text(text, username) if chat else ()
+    for n, part_text in enumerate(parts, 1):
+        is_last = n == len(parts)
+        add_delivery(db, *chat, part_text, message_id, is_last, silent, send_at, thread_id)
 
 
 def relay(db, sender, recipient, text, source, silent=False, send_at=0):
@@ -1273,30 +1509,24 @@ def relay(db, sender, recipient, text, source, silent=False, send_at=0):
     Returns its (id, delivery).
     """
     send_at = send_at if send_at > now() else 0
+    username, own_copy = sender["username"], OWN_COPY
     chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
-    message_id = add_message(db, sender["id"], recipient["id"], text, source, delivery)
-    own_copy = OWN_COPY.format(text=text, **sender)
-    if sender["id"] == recipient["id"]:
-        queue_text(db, chat, own_copy, message_id, silent, send_at)
-    else:
-        its_copy = FROM_ANOTHER.format(text=text, **sender)
-        queue_text(db, chat, its_copy, message_id, silent, send_at)
-        queue_text(db, find_chat(db, sender["id"]), own_copy, None, silent, send_at)
+    message_id = own_id = add_message(db, sender["id"], recipient["id"], text, source, delivery)
+    if sender["id"] != recipient["id"]:
+        its_copy = FROM_ANOTHER.format(username=username, text=text)
+        queue_text(db, chat, its_copy, username, message_id, silent, send_at)
+        chat, own_copy, own_id = find_chat(db, sender["id"]), OWN_COPY_FOR, None
+    own_copy = own_copy.format(username=username, recipient=recipient["username"], text=text)
+    queue_text(db, chat, own_copy, username, own_id, silent, send_at)
     return message_id, delivery
 
 
-def link_chat(db, bot_id, chat_id, user_id):
-    """The chat speaks for this user, and for no other, from now on.
-
-    What is queued for the user's earlier chat moves here.
-    """
-    earlier_chat, earlier_user = find_chat(db, user_id), find_chat_user(db, bot_id, chat_id)
-    if earlier_user and earlier_user["id"] != user_id:
-        unlink_chat(db, bot_id, chat_id, "the chat was linked to another account")
-    if earlier_chat:
+def link_chat(db, bot_id, chat_id, user_id, token):
+    """The chat speaks for this user from now on. What is queued for an earlier chat moves here."""
+    if earlier_chat := find_chat(db, user_id):
         move_deliveries(db, earlier_chat, bot_id, chat_id)
-    set_chat(db, bot_id, chat_id, user_id)
+    set_chat(db, bot_id, chat_id, user_id, token)
 
 
 def unlink_chat(db, bot_id, chat_id, reason):
@@ -1326,6 +1556,10 @@ class TryLater(Exception):
     """
 
 
+class ChatMissing(TryLater):
+    """Telegram does not know the chat, or says so for a while."""
+
+
 class GiveUp(Exception):
     """This text can never be sent."""
 
@@ -1339,10 +1573,10 @@ class Home(Protocol):
 
     id: int
 
-    def send(self, chat_id: int, text: str, silent: bool) -> int | None:
+    def send(self, delivery: sqlite3.Row) -> int | None:
         """The home's id of the sent message, if it has one.
 
-        Raises TryLater, GiveUp, ChatGone.
+        Raises TryLater, ChatMissing, GiveUp, ChatGone.
         """
 
     def run(self, stop: threading.Event):
@@ -1370,26 +1604,51 @@ def settle(change, *args):
 
 def deliver(home, delivery):
     """Send one delivery and settle it. Again when it has to be tried again, else None."""
-    chat_id, text, silent = delivery["chat_id"], delivery["text"], bool(delivery["silent"])
     try:
-        telegram_message_id = home.send(chat_id, text, silent)
+        telegram_message_id = home.send(delivery)
     except ChatGone as error:
-        log.warning(f"chat {chat_id} is gone: unlinked")
-        settle(unlink_chat, home.id, chat_id, str(error))
+        leave_chat(home, delivery, str(error))
     except GiveUp as error:
         settle(give_up, str(error), delivery["id"])
     except TryLater as error:
-        reason, retry_after = error.args
-        again = Again(backoff(delivery["attempts"], BACKOFF_MAX_SECONDS), "failed")
-        if retry_after is not None:
-            again = Again(retry_after, "told")
-        failure = f"delivery {delivery['id']} to chat {chat_id} failed ({reason})"
-        log.warning(f"{failure}: again in {again.seconds:.1f} s")
-        settle(settle_later, delivery, now() + again.seconds, reason)
-        return again
+        return put_off(home, delivery, *error.args, isinstance(error, ChatMissing))
+    except Exception as error:
+        log.exception(f"delivery {delivery['id']} failed")
+        return put_off(home, delivery, type(error).__name__)
     else:
         settle(settle_sent, delivery, telegram_message_id)
     return None
+
+
+def leave_chat(home, delivery, reason):
+    """Nothing reaches the chat any more."""
+    log.warning(f"chat {delivery['chat_id']} is gone: unlinked")
+    settle(unlink_chat, home.id, delivery["chat_id"], reason)
+
+
+def put_off(home, delivery, reason, retry_after=None, is_missing=False):
+    """Try a failed delivery again after a pause, or no more. When the chat's turn comes again.
+
+    What is final is believed on good evidence only: that the chat is missing when it is still said
+    ten minutes later, that a delivery cannot succeed when others do.
+    """
+    missing_since, failing_since = delivery["missing_since"], delivery["failing_since"]
+    if is_missing and missing_since and now() - missing_since >= MISSING_SECONDS:
+        leave_chat(home, delivery, reason)
+        return Again(0, "failed")
+    # What failed while Telegram was away says nothing.
+    is_old = failing_since and max(failing_since, turns.back_at) <= now() - FAILING_SECONDS
+    others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]  # since the last try
+    if is_old and others_pass and delivery["attempts"] + 1 >= FAILURES_BEFORE_GIVING_UP:
+        settle(give_up, reason, delivery["id"])
+        return Again(0, "failed")
+    again = Again(backoff(delivery["attempts"], BACKOFF_MAX_SECONDS), "failed")
+    if retry_after is not None:
+        again = Again(retry_after, "told")
+    failure = f"delivery {delivery['id']} to chat {delivery['chat_id']} failed ({reason})"
+    log.warning(f"{failure}: again in {again.seconds:.1f} s")
+    settle(settle_later, delivery, again.seconds, reason, is_missing)
+    return again
 
 
 def deliver_head(home, chat_id):
@@ -1404,8 +1663,26 @@ def deliver_head(home, chat_id):
     return Again(max(0, head["send_at"] - now()), "early") if head else None
 
 
+def check_turns(home, why):
+    """Compare Turns with the outbox, and mend what it has forgotten or thinks to be later.
+
+    After a step of the clock there is such; else it is a fault, and logged.
+    """
+    queues = list_queues(connection(), home.id)
+    if why == "stepped":
+        turns.find_lost(queues, slack=0, mend=True)
+    elif lost := turns.find_lost(queues):
+        # What was sent or queued while we looked is known by now.
+        time.sleep(1)
+        queues = [queue for queue in list_queues(connection(), home.id) if queue[0] in lost]
+        if lost := turns.find_lost(queues, mend=True):
+            log.error(f"chats with something queued were forgotten, and are not any more: {lost}")
+
+
 def deliver_next(home, wait_seconds=0):
     """Deliver the head of the chat whose turn it is, or comes in time. False when none's does."""
+    if why := turns.needs_check():
+        check_turns(home, why)
     chat_id = turns.take(wait_seconds)
     if chat_id is None:
         return False
@@ -1440,7 +1717,31 @@ def announce(line):
 # The conversation, then its two homes: Telegram and the terminal.
 
 COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
-LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")  # what secrets.token_urlsafe(32) makes
+# What secrets.token_urlsafe(32) makes.
+LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")
+# The same within a text, whatever it leans on.
+SHOWN_TOKEN = re.compile(f"(?=({LINK_TOKEN.pattern}))")
+SHOWN_TOKENS = 100  # that are looked up, at most
+MEDIA = (
+    "animation audio contact dice document location paid_media photo poll sticker story venue "
+    "video video_note voice"
+).split()
+
+
+def pick(source, name, *kinds):
+    """A field of what Telegram sent, or None where it is not of these kinds, or cannot be kept.
+
+    What is not used is not looked at: what there will be next year changes nothing.
+    """
+    value = source.get(name) if isinstance(source, dict) else None
+    if type(value) not in kinds or (int in kinds and not abs(value) <= MAX_ID):
+        return None
+    return clean(value) if str in kinds else value
+
+
+def clean(text):
+    """A text that SQLite and JSON take: without NUL and lone surrogates."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def parse_command(text):
@@ -1451,20 +1752,19 @@ def parse_command(text):
     return None, ""
 
 
-def converse(db, bot_id, chat_id, text, reply_to=None):
+def converse(db, chat, text, message):
     """What the bot answers to a text from a private chat, once it has taken effect.
 
-    None: nothing but the relayed copy. `reply_to` is the Telegram message id that the text
-    replies to, if any.
+    None: nothing but the relayed copy. `message` is what Telegram sent with the text: what was
+    forwarded is a quotation, never a command or a token.
     """
-    # SQLite and JSON take neither NUL nor lone surrogates.
-    text = text.replace("\0", "").encode("utf-8", "replace").decode()
-    user = find_chat_user(db, bot_id, chat_id)
+    user = find_chat_user(db, *chat)
     name, argument = parse_command(text)
     token = argument if name == "start" else text.strip()
-    if LINK_TOKEN.fullmatch(token) and (owner := spend_link_token(db, token)):
-        link_chat(db, bot_id, chat_id, owner["id"])
-        return LINKED.format(**owner)
+    if pick(message, "forward_origin", dict) or pick(message, "forward_date", int):
+        name = token = ""
+    if LINK_TOKEN.fullmatch(token) and (answer := use_token(db, chat, user, token)):
+        return answer
     if name == "help":
         return HELP
     if name == "start" and not argument:
@@ -1474,30 +1774,79 @@ def converse(db, bot_id, chat_id, text, reply_to=None):
     if name == "start":
         return WRONG_TOKEN
     if name == "stop":
-        unlink_chat(db, bot_id, chat_id, "the chat was unlinked with /stop")
+        unlink_chat(db, *chat, "the chat was unlinked with /stop")
         return UNLINKED.format(**user)
     if name:
         return UNKNOWN_COMMAND
-    return note(db, bot_id, chat_id, user, text, reply_to)
+    return note(db, chat, user, text, message)
 
 
-def note(db, bot_id, chat_id, user, text, reply_to):
+def use_token(db, chat, user, token):
+    """What the bot answers to a link token that is alive, or has linked this chat; else None."""
+    owner = find_link_token_user(db, token)
+    if owner and user and owner["id"] != user["id"]:
+        return STOP_FIRST.format(**user)
+    if owner:
+        spend_link_token(db, token)
+        link_chat(db, *chat, owner["id"], token)
+        return LINKED.format(**owner)
+    if user and user["token_hash"] == hash_token(token):
+        return LINKED_TO.format(**user)
+    return None
+
+
+def note(db, chat, user, text, message):
     """Make a text from a linked chat its user's message. What the bot answers, or None."""
+    text = show_links(text, pick(message, "entities", list) or ())
     if len(text) > MAX_TEXT:
         return TOO_LONG
     if not text.strip():
         return None
-    recipient = find_relayed_author(db, bot_id, chat_id, reply_to) or user
+    recipient = find_addressee(db, chat, user, pick(message, "reply_to_message", dict))
+    if not recipient:
+        return UNKNOWN_REPLY
     _, delivery = relay(db, user, recipient, text, "telegram")
     if delivery == "unlinked":
         return NO_CHAT.format(**recipient)
     return None
 
 
-def hear(db, bot_id, chat_id, text, reply_to=None):
+def show_links(text, entities):
+    """The text with the address of each link in brackets behind its words, unless it shows.
+
+    Offsets count UTF-16 units (Bot API, MessageEntity).
+    """
+    units = text.encode("utf-16-le")
+    links = []
+    for entity in entities:
+        url, offset = pick(entity, "url", str), pick(entity, "offset", int)
+        length = pick(entity, "length", int)
+        if not url or offset is None or not length or not 0 <= offset < offset + length:
+            continue
+        end = 2 * (offset + length)
+        if end <= len(units) and url.split("://", 1)[-1].strip("/") not in text:
+            links.append((end, url))
+    for end, url in sorted(links, reverse=True):
+        before = units[:end].decode("utf-16-le", "ignore")
+        text = f"{before} ({url}){text[len(before) :]}"
+    return text
+
+
+def find_addressee(db, chat, user, replied):
+    """Whom a text is for that replies to this message, if to any; None when nobody knows."""
+    if author := find_relayed_author(db, *chat, pick(replied, "message_id", int)):
+        return author
+    if pick(pick(replied, "from", dict), "id", int) != chat[0]:
+        return user
+    # The bot wrote it, but does not remember: a send whose answer was lost.
+    header = HEADER.match(pick(replied, "text", str) or "")
+    return header and find_user_by_name(db, header[header.lastindex])
+
+
+def hear(db, chat, text, message):
     """Let a text from a private chat take effect, and queue the answer."""
-    if answer := converse(db, bot_id, chat_id, text, reply_to):
-        queue_text(db, (bot_id, chat_id), answer)
+    if answer := converse(db, chat, text, message):
+        queue_text(db, chat, answer)
 
 
 def receive(bot_id, update):
@@ -1505,23 +1854,61 @@ def receive(bot_id, update):
 
     It counts once, whatever happens.
     """
-    parsed = telebot.types.Update.de_json(update)
-    message = parsed.message or parsed.channel_post
     with transaction() as db:
-        set_offset(db, bot_id, parsed.update_id + 1)
-        if message is None:
-            return
-        chat_id = message.chat.id
-        is_private = message.chat.type == "private"
-        is_service = message.content_type in telebot.util.content_type_service
-        if not is_private:
-            if add_told_group(db, bot_id, chat_id):
-                queue_text(db, (bot_id, chat_id), PRIVATE_ONLY)
-        elif message.content_type == "text":
-            replied = message.reply_to_message
-            hear(db, bot_id, chat_id, message.text, replied.message_id if replied else None)
-        elif not is_service:
-            queue_text(db, (bot_id, chat_id), TEXT_ONLY)
+        set_offset(db, bot_id, update["update_id"] + 1)
+        for kind in Telegram.allowed_updates:
+            message = pick(update, kind, dict)
+            where = pick(message, "chat", dict)
+            chat = bot_id, pick(where, "id", int)
+            if chat[1] is None:
+                continue
+            if pick(where, "type", str) != "private":
+                overhear(db, chat, pick(where, "type", str), kind, message)
+            elif kind == "message":
+                hear_once(db, chat, message, update["update_id"])
+            elif set_edited(
+                db, *chat, pick(message, "message_id", int), pick(message, "text", str)
+            ):
+                queue_text(db, chat, EDITED)
+
+
+def hear_once(db, chat, message, update_id):
+    """Take in a message from a private chat, unless it was heard before."""
+    # One without an id of its own is told apart by its update.
+    text, message_id = pick(message, "text", str), pick(message, "message_id", int) or -update_id
+    if text is None and not any(map(message.get, MEDIA)):
+        return
+    album = pick(message, "media_group_id", str)
+    if not add_heard(db, *chat, message_id, text, album):
+        return
+    if text is not None:
+        hear(db, chat, text, message)
+    elif set_told_text_only(db, *chat, message_id):
+        queue_text(db, chat, TEXT_ONLY)
+
+
+def overhear(db, chat, chat_type, kind, message):
+    """Take in what is said in a group or channel: a link token that others see is dead.
+
+    A group is told once, in the topic, that linking is for private chats; a channel nothing.
+    """
+    bot_id, chat_id = chat
+    move_told_group(db, bot_id, pick(message, "migrate_from_chat_id", int), chat_id)
+    move_told_group(db, bot_id, chat_id, pick(message, "migrate_to_chat_id", int))
+    text, caption = pick(message, "text", str), pick(message, "caption", str) or ""
+    entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
+    tokens = SHOWN_TOKEN.findall(show_links(text or caption, entities))[:SHOWN_TOKENS]
+    seen = [token for token in tokens if spend_link_token(db, token)]
+    is_said = kind == "message" and (text or any(map(message.get, MEDIA)))
+    if chat_type not in ("group", "supergroup") or not (seen or is_said):
+        return
+    thread_id = pick(message, "message_thread_id", int)
+    if "reply_to_message" in message and not pick(message, "is_topic_message", bool):
+        # A thread of replies, not a topic.
+        thread_id = None
+    is_first = add_told_group(db, *chat)
+    if seen or is_first:
+        queue_text(db, chat, TOKEN_SEEN if seen else PRIVATE_ONLY, thread_id=thread_id)
 
 
 def receive_or_skip(bot_id, update):
@@ -1536,13 +1923,13 @@ def receive_or_skip(bot_id, update):
         except Exception as error:
             if is_outage(error):
                 raise
-            update_id = update.get("update_id") if isinstance(update, dict) else None
+            update_id = pick(update, "update_id", int)
             # The exception's own text may quote the message.
             quiet = (type(error), None, error.__traceback__)
             log.warning(
                 f"update {update_id} failed, try {attempt} of {UPDATE_TRIES}", exc_info=quiet
             )
-    if isinstance(update_id, int):
+    if update_id is not None:
         log.error(f"update {update_id} is skipped")
         with transaction() as db:
             set_offset(db, bot_id, update_id + 1)
@@ -1560,22 +1947,39 @@ class TelegramError(Exception):
         self.code, self.description, self.retry_after = code, description, retry_after
 
 
-def request_quietly(method, url, params=None, files=None, timeout=None, proxies=None):
-    """telebot's way to the network.
+def notes_its_socket(kind):
+    """A kind of urllib3's connections, which leaves its socket where hang_up() finds it."""
 
-    Texts go in the body, and an error names only its kind: the URL holds the bot's token.
-    """
-    arguments = {"data": params} if method == "post" else {"params": params}
-    try:
-        return apihelper._get_req_session().request(
-            method, url, timeout=timeout, proxies=proxies, **arguments
-        )
-    except requests.RequestException as error:
-        kind = type(error).__name__
-    # What is left of the connection is not to be trusted. Raised here and not above: the URL would
-    # be in its __context__.
-    apihelper._get_req_session(reset=True)
-    raise TelegramError(None, f"Telegram cannot be reached: {kind}")
+    class Connection(kind):
+        def _new_conn(self):
+            # A proxy's answer may drip as well, before connect() is done.
+            local.socket = super()._new_conn()
+            return local.socket
+
+        def connect(self):
+            super().connect()
+            local.socket = self.sock
+
+    return Connection
+
+
+for pool in (HTTPConnectionPool, HTTPSConnectionPool):
+    pool.ConnectionCls = notes_its_socket(pool.ConnectionCls)
+
+
+def hang_up(caller):
+    """End the call of a thread, of which `caller` are the locals: its whole time is over."""
+    log.warning("Telegram's answer takes too long")
+    with suppress(OSError, KeyError):
+        caller["socket"].shutdown(socket.SHUT_RDWR)
+
+
+WHAT_MENDS = {
+    "InvalidSchema": ": a SOCKS proxy needs the package PySocks",
+    "OSError": ": is REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE a file?",
+    "ProxyError": ": is HTTPS_PROXY right?",
+    "SSLError": ": is the certificate, or REQUESTS_CA_BUNDLE, right?",
+}
 
 
 class Telegram:
@@ -1585,73 +1989,101 @@ class Telegram:
     """
 
     greeting = "bot: on Telegram, not reached yet"
-    allowed_updates = ["message", "channel_post"]
+    allowed_updates = ["message", "edited_message", "channel_post", "edited_channel_post"]
 
     def __init__(self, token, api_url):
-        self.id, self.token = int(token.split(":")[0]), token
+        bot_id, _, self.secret = token.partition(":")
+        self.id, self.token = int(bot_id), token
         self.failures = 0  # calls of run() that failed in a row
         apihelper.API_URL = api_url.rstrip("/") + "/bot{0}/{1}"
-        apihelper.CUSTOM_REQUEST_SENDER = request_quietly
+        apihelper.CUSTOM_REQUEST_SENDER = self.request
 
-    def call(self, method, *args, **kwargs):
-        """One call of the Bot API through telebot's function of that name. Raises TelegramError."""
+    def request(self, method, url, params=None, files=None, timeout=None, proxies=None):
+        """telebot's way to the network. Raises TelegramError.
+
+        Texts go in the body, the deadline is for the whole answer, and an error names only its
+        kind: the URL holds the bot's token.
+        """
+        arguments = {"data": params} if method == "post" else {"params": params}
+        session, failure = apihelper._get_req_session(), None
+        deadline = threading.Timer(timeout[1], hang_up, [vars(local)])
+        deadline.daemon = True
         try:
-            return method(self.token, *args, **kwargs)
-        except apihelper.ApiTelegramException as error:
-            parameters = error.result_json.get("parameters")
-            retry_after = parameters.get("retry_after") if isinstance(parameters, dict) else None
-            is_number = isinstance(retry_after, (int, float)) and 0 <= retry_after
-            told = min(retry_after, RETRY_AFTER_MAX_SECONDS) if is_number else None
-            # SQLite takes no lone surrogates.
-            description = str(error.description).encode("utf-8", "replace").decode()
-            problem = error.error_code, description, told
-        except apihelper.ApiHTTPException as error:
-            problem = None, f"Telegram answered {error.result.status_code} without JSON"
-        except (apihelper.ApiInvalidJSONException, LookupError, TypeError, AttributeError) as error:
-            problem = None, f"Telegram's answer makes no sense ({type(error).__name__})"
-        raise TelegramError(*problem)
+            deadline.start()
+            response = session.request(method, url, timeout=timeout, proxies=proxies, **arguments)
+        except Exception as error:
+            failure = type(error).__name__
+        finally:
+            deadline.cancel()
+        if failure:
+            # What is left of the connection is not to be trusted. Raised here and not above: the
+            # URL would be in its __context__.
+            apihelper._get_req_session(reset=True)
+            what_mends = WHAT_MENDS.get(failure, "")
+            raise TelegramError(None, f"Telegram cannot be reached: {failure}{what_mends}")
+        self.check(response)
+        return response
 
-    def send(self, chat_id, text, silent):
+    def check(self, response):
+        """Raise TelegramError when the call has failed, or the answer makes no sense."""
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if pick(answer, "ok", bool) and response.status_code == 200 and "result" in answer:
+            return
+        description = pick(answer, "description", str)
+        if description is None:
+            description = f"Telegram answered {response.status_code}, which makes no sense"
+        # Whatever is quoted, without the token: whole, or its secret half.
+        description = description.replace(self.secret, "…")
+        parameters = pick(answer, "parameters", dict)
+        wait = pick(parameters, "retry_after", int, float)
+        told = wait if wait and wait > 0 else None
+        raise TelegramError(pick(answer, "error_code", int), description, told)
+
+    def send(self, delivery):
         """Send a text as it is. Telegram's id of the message, or None where it makes no sense.
 
-        Raises TryLater, GiveUp, ChatGone.
+        Raises TryLater, ChatMissing, GiveUp, ChatGone.
         """
         try:
-            sent = self.call(
-                apihelper.send_message,
-                chat_id,
-                text,
+            sent = apihelper.send_message(
+                self.token,
+                delivery["chat_id"],
+                delivery["text"],
                 timeout=SEND_TIMEOUT_SECONDS,
-                disable_notification=silent or None,
+                disable_notification=bool(delivery["silent"]),
+                message_thread_id=delivery["thread_id"],
                 link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True),
             )
         except TelegramError as error:
-            is_unknown = error.code == 400 and "chat not found" in error.description.lower()
-            if error.code == 403 or is_unknown:
+            if error.code == 403:
                 raise ChatGone(str(error)) from None
+            if error.code == 400 and "chat not found" in error.description.lower():
+                raise ChatMissing(str(error), None) from None
             if error.code == 400:
                 raise GiveUp(str(error)) from None
             raise TryLater(str(error), error.retry_after) from None
-        message_id = sent.get("message_id") if isinstance(sent, dict) else None
-        return message_id if isinstance(message_id, int) and 0 < message_id <= MAX_ID else None
+        return pick(sent, "message_id", int)
 
     def introduce(self):
         """Learn the bot's name, for the operator and for t.me links."""
-        username = str(self.call(apihelper.get_me)["username"])
+        username = pick(apihelper.get_me(self.token), "username", str)
+        if not username:
+            raise TelegramError(None, "Telegram's answer makes no sense (the bot has no name)")
         with transaction() as db:
             set_bot_name(db, self.id, username)
         announce(f"bot: @{username} on Telegram")
         try:
-            self.call(
-                apihelper.set_my_commands,
-                [telebot.types.BotCommand(*command) for command in COMMANDS.items()],
-            )
+            commands = [telebot.types.BotCommand(*command) for command in COMMANDS.items()]
+            apihelper.set_my_commands(self.token, commands)
         except TelegramError as error:
             log.info(f"Telegram's menu does not show the commands: {error}")
 
     def delete_webhook(self):
         """Take away the webhook that keeps this bot from polling."""
-        self.call(apihelper.delete_webhook)
+        apihelper.delete_webhook(self.token)
 
     def poll(self):
         """Fetch one batch and take each update in.
@@ -1662,8 +2094,8 @@ class Telegram:
         """
         started_at = time.monotonic()
         bot = find_bot(connection(), self.id)
-        updates = self.call(
-            apihelper.get_updates,
+        updates = apihelper.get_updates(
+            self.token,
             offset=bot["next_update_id"],
             timeout=LONG_POLL_SECONDS + 5,
             long_polling_timeout=1 if self.failures else LONG_POLL_SECONDS,
@@ -1713,7 +2145,7 @@ class Telegram:
                         pause = max(error.retry_after, 1)
                 else:
                     log.exception("polling round failed")
-            stop.wait(pause)
+            stop.wait(min(pause, threading.TIMEOUT_MAX))
 
 
 class Terminal:
@@ -1727,12 +2159,12 @@ class Terminal:
         "bot: this terminal; type what you would write to it in Telegram, /start to begin with"
     )
 
-    def send(self, chat_id, text, silent):
+    def send(self, delivery):
         """Print a text, without control characters, which could play tricks on the terminal.
 
         Raises TryLater.
         """
-        visible = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+        visible = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", delivery["text"])
         try:
             print(f"{visible}\n", flush=True)
         except OSError as error:
@@ -1764,7 +2196,7 @@ class Terminal:
         while text.strip() and not stop.is_set():
             try:
                 with transaction() as db:
-                    hear(db, self.id, 0, text)
+                    hear(db, (self.id, 0), clean(text), {})
                 return
             except sqlite3.Error:
                 log.exception("a typed line could not be stored; trying again")
@@ -2709,17 +3141,6 @@ def show_page():
     return PAGE.encode()
 
 
-@app.get("/openapi.json/")
-@answers(200, {"type": "object"})
-def show_openapi():
-    """This description of the API, in OpenAPI 3.1."""
-    scheme = request.environ["wsgi.url_scheme"]
-    # From others than the proxy anybody might say https.
-    if request.environ.get("REMOTE_ADDR") == settings.trusted_proxy:
-        scheme = request.urlparts.scheme
-    return describe_api(f"{scheme}://{request.environ.get('HTTP_HOST', '')}")
-
-
 def bot_name(bot):
     """What people call the bot that runs now, None before Telegram was reached."""
     if turns.bot_id == Terminal.id:
@@ -3092,6 +3513,17 @@ def describe_answers(said):
     return {str(status): answer for status, answer in described.items()}
 
 
+@app.get("/openapi.json/")
+@answers(200, {"type": "object"})
+def show_openapi():
+    """This description of the API, in OpenAPI 3.1."""
+    scheme = request.environ["wsgi.url_scheme"]
+    # From others than the proxy anybody might say https.
+    if request.environ.get("REMOTE_ADDR") == settings.trusted_proxy:
+        scheme = request.urlparts.scheme
+    return describe_api(f"{scheme}://{request.environ.get('HTTP_HOST', '')}")
+
+
 # --- Server ---------------------------------------------------------------------------------------
 # Rounds, lanes, limits: the one room that knows waitress. It can be read alone, if one knows this:
 # `with transaction()` takes the write lock, for which it waits `local.patience` seconds, commits at
@@ -3104,8 +3536,8 @@ def describe_answers(said):
 # attributes (requests, request, connected, last_activity, total_outbufs_len, will_close,
 # close_when_flushed; active_channels, in_connection_overflow, _map), that service() takes
 # requests[0] and calls add_task() and pull_trigger(), HTTPRequestParser's parts, wasyncore.poll2.
-# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session. So
-# requirements.txt names one version of each.
+# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session, of
+# urllib3, which comes with it, on ConnectionCls. So requirements.txt names one version of each.
 
 
 class JsonErrorTask(ErrorTask):
@@ -3371,9 +3803,10 @@ class Server(TcpWSGIServer):
     def maintenance(self, at):
         """Close the connections of those who are too slow. waitress calls this each second."""
         super().maintenance(at)
-        for channel in self.active_channels.values():
+        for channel in list(self.active_channels.values()):
             if channel.is_too_slow(at, self.in_connection_overflow):
-                channel.will_close = True
+                # Not will_close: that is looked at once the client takes something.
+                channel.handle_close()
 
     def pull_trigger(self):
         """Wake the serving thread, unless this is it."""
@@ -3383,6 +3816,19 @@ class Server(TcpWSGIServer):
 
 # --- Main -----------------------------------------------------------------------------------------
 # Read settings, open the store, start workers, serve, stop workers.
+
+
+def tidy_setting(name, value):
+    """A setting without blanks around it. Raises BadSetting where it holds a control character."""
+    value = value.strip()
+    if re.search("[\x00-\x1f\x7f-\x9f]", value):
+        raise BadSetting(f"{name} holds a control character: write it anew, without.")
+    return value
+
+
+def read_variable(name, default=None):
+    """A variable of the environment; the default where it is not set, or empty."""
+    return tidy_setting(name, os.environ.get(name, "")) or default
 
 
 class Parser(argparse.ArgumentParser):
@@ -3421,7 +3867,7 @@ def read_arguments(argv):
         ),
     ):
         variable = "FACTORYAPP_" + name.upper().replace("-", "_")
-        default = os.environ.get(variable, default)
+        default = read_variable(variable, default)
         parser.add_argument(f"--{name}", default=default, help=explanation)
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
@@ -3430,8 +3876,10 @@ def read_arguments(argv):
 
 def check_arguments(arguments):
     """Bring what was given into its form. Raises BadSetting where that is not possible."""
+    for name, value in vars(arguments).items():
+        setattr(arguments, name, value and tidy_setting(f"The {name}", value))
     if not arguments.log_level:
-        arguments.log_level = "info" if os.environ.get("TELEGRAM_BOT_TOKEN") else "warning"
+        arguments.log_level = "info" if read_variable("TELEGRAM_BOT_TOKEN") else "warning"
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadSetting(
             "The log level has to be debug, info, warning or error, not "
@@ -3460,7 +3908,7 @@ def check_arguments(arguments):
 
 def choose_home():
     """The bot's home that the environment asks for. Raises BadSetting."""
-    token = os.environ.get("TELEGRAM_BOT_TOKEN", "").strip()
+    token = read_variable("TELEGRAM_BOT_TOKEN")
     if not token:
         return Terminal()
     if not re.fullmatch("[1-9][0-9]{0,17}:[A-Za-z0-9_-]+", token):
@@ -3468,7 +3916,7 @@ def choose_home():
             "TELEGRAM_BOT_TOKEN is malformed: copy it whole from @BotFather, it looks like "
             "123456789:AAE3xyz."
         )
-    api_url = os.environ.get("TELEGRAM_API_URL") or "https://api.telegram.org"
+    api_url = read_variable("TELEGRAM_API_URL", "https://api.telegram.org")
     try:
         parts = urllib.parse.urlsplit(api_url)
         # .port raises where it is no port.
@@ -3538,7 +3986,7 @@ def read_settings(argv):
     logging.getLogger().setLevel(arguments.log_level.upper())
     settings.db = os.path.realpath(arguments.db)
     settings.trusted_proxy = arguments.trusted_proxy
-    settings.secret = os.fsencode(os.environ.get("FACTORYAPP_SECRET", "")) or None
+    settings.secret = os.fsencode(read_variable("FACTORYAPP_SECRET", "")) or None
     if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
         raise BadSetting(
             f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave "

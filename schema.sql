@@ -46,15 +46,29 @@ CREATE TABLE IF NOT EXISTS chats (
     chat_id    INTEGER NOT NULL,                   -- Telegram's; 0 is the terminal
     user_id    INTEGER NOT NULL UNIQUE REFERENCES users ON DELETE CASCADE,
     linked_at  TEXT NOT NULL,
+    token_hash BLOB,                               -- SHA-256 of the link token that did it; NULL: not known
     PRIMARY KEY (bot_id, chat_id)
 ) STRICT, WITHOUT ROWID;
 
--- Groups and channels that were told once that linking is for private chats.
+-- Groups that were told once that linking is for private chats.
 CREATE TABLE IF NOT EXISTS told_groups (
     bot_id     INTEGER NOT NULL,
     chat_id    INTEGER NOT NULL,
     PRIMARY KEY (bot_id, chat_id)
 ) STRICT, WITHOUT ROWID;
+
+-- What was heard in private chats, so that a message counts once, and an edit is known to be one.
+CREATE TABLE IF NOT EXISTS heard (
+    bot_id     INTEGER NOT NULL,
+    chat_id    INTEGER NOT NULL,
+    message_id INTEGER NOT NULL,                   -- Telegram's
+    heard_at   REAL NOT NULL,                      -- forgotten after three days
+    text_hash  BLOB,                               -- SHA-256 of its text; NULL: it has none, or its edit was answered
+    album      TEXT,                               -- Telegram's media_group_id
+    was_told   INTEGER NOT NULL DEFAULT 0 CHECK (was_told IN (0, 1)),  -- its writer, that the bot reads text only
+    PRIMARY KEY (bot_id, chat_id, message_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS heard_by_age ON heard (heard_at);
 
 CREATE TABLE IF NOT EXISTS messages (
     id           INTEGER PRIMARY KEY,
@@ -95,7 +109,11 @@ CREATE TABLE IF NOT EXISTS outbox (
     attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
     due_at      REAL NOT NULL DEFAULT 0,           -- after a failed attempt: not before
     error       TEXT,                              -- of the last attempt, or why it was given up
-    given_up_at TEXT                               -- NULL: still to be sent
+    given_up_at TEXT,                              -- NULL: still to be sent
+    thread_id   INTEGER,                           -- the topic of a forum group that it is for; else NULL
+    pause       REAL NOT NULL DEFAULT 0,           -- seconds from the last attempt to due_at: the clock may be set back
+    failing_since REAL,                            -- the first failed attempt
+    missing_since REAL                             -- of the last attempts, the first that was told: chat not found
 ) STRICT;
 CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
 

@@ -4,15 +4,18 @@ place, the program itself. What these stand-ins are made of is at the end of the
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import resource
+import secrets
 import select
 import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +24,7 @@ import unicodedata
 import warnings
 from collections import defaultdict, deque
 from contextlib import closing, contextmanager, suppress
+from html import unescape
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -167,6 +171,8 @@ RETRY_AFTER_9 = {
 BLOCKED = {"error_code": 403, "description": "Forbidden: bot was blocked by the user"}
 CHAT_NOT_FOUND = {"error_code": 400, "description": "Bad Request: chat not found"}
 TOO_LONG = {"error_code": 400, "description": "Bad Request: message is too long"}
+EMPTY = {"error_code": 400, "description": "Bad Request: message text is empty"}
+NO_THREAD = {"error_code": 400, "description": "Bad Request: message thread not found"}
 WEBHOOK_IS_ACTIVE = {
     "error_code": 409,
     "description": "Conflict: can't use getUpdates method while webhook is active",
@@ -238,6 +244,7 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(factoryapp, "now", lambda: clock.seconds)
     monkeypatch.setattr(factoryapp, "ticks", lambda: clock.ticks)
+    factoryapp.turns.open(factoryapp.turns.bot_id, ())  # by this clock
     return clock
 
 
@@ -280,6 +287,32 @@ def deliver_all(home):
         pass
 
 
+def reopen_turns(telegram):
+    """As a restart does."""
+    queues = factoryapp.list_queues(factoryapp.connection(), telegram.id)
+    factoryapp.turns.open(telegram.id, queues)
+
+
+def queue(*chat_ids, text="text", send_at=0):
+    """Queue a text for each of these chats, whoever is linked there."""
+    with factoryapp.transaction() as db:
+        for chat_id in chat_ids:
+            factoryapp.queue_text(db, (BOT_ID, chat_id), text, send_at=send_at)
+
+
+def too_many_requests(retry_after):
+    return {**RETRY_AFTER_9, "parameters": {"retry_after": retry_after}}
+
+
+def tries(bot_api, chat_id):
+    """How often a send to the chat has reached Telegram."""
+    return sum(chat == chat_id for _, chat, _ in bot_api.attempts)
+
+
+def errors(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
 def say(telegram, bot_api, chat_id, text=None, **content):
     """Write to the bot, let it receive that and answer; what it sent to the chat since."""
     before = len(bot_api.texts(chat_id))
@@ -304,6 +337,7 @@ def link_chat(http, telegram, bot_api, headers, chat_id):
         "строка\n" * 2000,
         "👨‍👩‍👧‍👦" * 1500,
         "🇷🇺" * 5000,
+        "x" + "🇷🇺" * 5000,
         "é" * 6000,
         "👍🏽" * 4000,
         "각" * 4000,
@@ -313,22 +347,53 @@ def link_chat(http, telegram, bot_api, headers, chat_id):
     ],
 )
 def test_long_text_is_split_without_loss_between_characters(text):
-    parts = factoryapp.split_text(text)
-    assert all(0 < len(part) <= 4096 and part.strip() for part in parts)
-    assert "".join(parts).rstrip() == text.rstrip()
+    first, *later = factoryapp.split_text(text, "alice")
+    assert all(0 < len(part) <= 4096 and part.strip() for part in (first, *later))
+    parts = [first]
+    for n, part in enumerate(later, 2):
+        header = f"alice ({n}/{len(later) + 1}):\n\n"
+        assert part.startswith(header)
+        parts.append(part.removeprefix(header))
+    assert "".join(parts).rstrip() == unicodedata.normalize("NFC", text).rstrip()
     for part in parts[1:]:
         assert not part.startswith(("\u200d", "\ufe0f", "🏽", "\U000e0067"))
         assert not unicodedata.combining(part[0])
-    if text[0] == "🇷":
-        assert all(len(part) % 2 == 0 for part in parts)
+    if "🇷" in text:
+        assert all(part.startswith("🇷") for part in parts[1:])
     if text[0] in "сc" and len(parts) > 1:
         assert all(part[-1].isspace() for part in parts[:-1])
 
 
+@pytest.mark.parametrize("character", ["🇷🇺", "👍🏽", "q\u0301", "กำ", "👨‍👩‍👧‍👦"])
+def test_character_on_the_border_of_two_parts_goes_whole_into_the_second(character):
+    for offset in range(1, len(character)):
+        text = "x" * (4096 - offset) + character * 20
+        first, second = factoryapp.split_text(text, "alice")
+        second = second.removeprefix("alice (2/2):\n\n")
+        assert first + second == text and second.startswith(character)
+
+
 def test_text_of_nothing_but_accents_is_split_where_it_must_be():
-    text = "a" + "\u0301" * 9000
-    parts = factoryapp.split_text(text)
-    assert [len(part) for part in parts] == [4096, 4096, 809] and "".join(parts) == text
+    first, *later = factoryapp.split_text("a" + "\u0323" * 9000, "alice")
+    assert len(first) == 4096 and len(later) == 2
+    assert sum(part.count("\u0323") for part in (first, *later)) == 9000 - 1  # one joined the a
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("start" + "\u202e" * 9000 + "end", 2),
+        ("start" + "\u2029\u0333\x07" * 3000 + "end", 2),
+        ("start" + " \n\u00a0" * 4000, 1),
+    ],
+)
+def test_part_of_what_telegram_strips_is_none(text, parts):
+    split = factoryapp.split_text(text, "alice")
+    assert len(split) == parts and split[0].startswith("start")
+
+
+def test_letters_are_sent_as_telegram_keeps_them():
+    assert factoryapp.split_text("A\u030angstro\u0308m") == ["Ångström"]
 
 
 # --- Turns ----------------------------------------------------------------------------------------
@@ -345,6 +410,8 @@ def test_too_many_requests_waits_as_long_as_told(http, telegram, bot_api, clock,
     deliver_all(telegram)
     assert bot_api.sent == []
     clock.move(0.2)
+    deliver_all(telegram)
+    clock.move(1)
     deliver_all(telegram)
     assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
 
@@ -373,6 +440,18 @@ def test_send_in_flight_while_telegram_comes_back_is_tried_soon_again(http, tele
     assert factoryapp.turns.take() == 7
 
 
+def test_chat_that_was_hurried_once_waits_out_its_later_pauses(http, telegram, clock):
+    factoryapp.turns.wake(telegram.id, 7)
+    assert factoryapp.turns.take() == 7
+    factoryapp.turns.hurry()
+    for pause in (1, 300):
+        factoryapp.turns.give_back(7, factoryapp.Again(300, "failed"))
+        clock.move(pause - 0.5)
+        assert factoryapp.turns.take() is None
+        clock.move(0.5)
+        assert factoryapp.turns.take() == 7
+
+
 def test_when_telegram_comes_back_its_absence_is_not_waited_out(
     http, telegram, bot_api, clock, linked
 ):
@@ -385,6 +464,27 @@ def test_when_telegram_comes_back_its_absence_is_not_waited_out(
     assert len(bot_api.texts(7)) == 1
 
 
+@pytest.mark.parametrize("waiting", [None, "tomorrow"])
+def test_message_that_comes_as_a_sender_leaves_its_chat_is_sent_at_once(
+    http, telegram, bot_api, clock, linked, monkeypatch, waiting
+):
+    headers, real = log_in(http, "alice"), factoryapp.deliver_head
+
+    def post_behind_its_back(home, chat_id):
+        monkeypatch.setattr(factoryapp, "deliver_head", real)
+        again = real(home, chat_id)
+        post(http, headers, "two")
+        return again
+
+    if waiting:
+        post(http, headers, waiting, send_at=factoryapp.iso(clock.seconds + 86_400))
+        deliver_all(telegram)
+    post(http, headers, "one")
+    monkeypatch.setattr(factoryapp, "deliver_head", post_behind_its_back)
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
+
+
 def test_clock_set_back_holds_up_nothing(http, telegram, bot_api, clock, linked):
     headers = log_in(http, "alice")
     post(http, headers, "one")
@@ -395,7 +495,8 @@ def test_clock_set_back_holds_up_nothing(http, telegram, bot_api, clock, linked)
     assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
 
 
-def test_chats_that_may_hang_do_not_get_all_senders(http, telegram):
+def test_chats_that_may_hang_do_not_get_all_senders(http, telegram, monkeypatch):
+    monkeypatch.setattr(factoryapp, "SENDERS", 16)
     half = factoryapp.SENDERS // 2
     for chat_id in range(1, factoryapp.SENDERS + 1):
         # A send to each has failed.
@@ -406,7 +507,8 @@ def test_chats_that_may_hang_do_not_get_all_senders(http, telegram):
     assert factoryapp.turns.take() == 99
 
 
-def test_chats_that_were_reached_again_get_all_senders(telegram, bot_api, clock):
+def test_chats_that_were_reached_again_get_all_senders(telegram, bot_api, clock, monkeypatch):
+    monkeypatch.setattr(factoryapp, "SENDERS", 16)
     chats = range(1, factoryapp.SENDERS + 1)
     for chat_id in chats:
         bot_api.failures[chat_id].append("reset")
@@ -490,6 +592,346 @@ def test_chats_that_wait_are_taken_in_the_order_of_their_times(http, clock):
         clock.move(1)
         taken.append(turns.take())
     assert [chat_id for chat_id in taken if chat_id] == [9, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("retry_after", [1.5, 5, 3601, 10_072, 86_401.5, 10**10])
+@pytest.mark.parametrize("interruption", [None, "restart", "restart, and Telegram was away"])
+def test_retry_after_is_obeyed_exactly_however_long_and_across_a_restart(
+    http, telegram, bot_api, clock, retry_after, interruption
+):
+    bot_api.failures[7].append(too_many_requests(retry_after))
+    queue(7)
+    deliver_all(telegram)
+    clock.move(retry_after / 2)
+    queue(7, text="later")
+    if interruption:
+        reopen_turns(telegram)
+    if interruption == "restart, and Telegram was away":
+        factoryapp.turns.hurry()
+    deliver_all(telegram)
+    clock.move(retry_after / 2 - 0.1)
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(0.1 + 1e-4)
+    deliver_all(telegram)
+    assert bot_api.sent[0] == (7, "text")
+
+
+@pytest.mark.parametrize(
+    "step, left", [(-86_400, 10_072), (-3600, 8672), (0, 5072), (600, 4472), (86_400, 0)]
+)
+def test_no_pause_across_a_restart_is_longer_than_it_was_whatever_the_clock_does(
+    http, telegram, bot_api, clock, step, left
+):
+    bot_api.failures[7].append(too_many_requests(10_072))
+    queue(7)
+    deliver_all(telegram)
+    clock.move(5000)
+    clock.seconds += step
+    reopen_turns(telegram)
+    clock.move(max(0, left - 0.1))
+    deliver_all(telegram)
+    assert left == 0 or bot_api.sent == []
+    clock.move(0.1 + 1e-4)
+    deliver_all(telegram)
+    assert bot_api.sent == [(7, "text")]
+
+
+def test_new_text_before_one_that_waits_does_not_end_the_pause_at_a_restart(
+    http, telegram, bot_api, clock
+):
+    bot_api.failures[7].append(too_many_requests(10_072))
+    queue(7, text="due at noon", send_at=clock.seconds - 60)
+    deliver_all(telegram)
+    queue(7, text="at once")
+    reopen_turns(telegram)
+    clock.move(10_071)
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(3)
+    deliver_all(telegram)
+    clock.move(3)
+    deliver_all(telegram)
+    assert sorted(bot_api.sent) == [(7, "at once"), (7, "due at noon")]
+
+
+@pytest.mark.parametrize("answer_seconds, slow_seconds", [(0.7, 60), (0, 10)])
+def test_chat_gets_one_message_a_second_for_a_minute_after_a_429_then_all_at_once(
+    http, telegram, bot_api, clock, monkeypatch, answer_seconds, slow_seconds
+):
+    real, sent_at, more = bot_api.sendMessage, [], [7] * 60
+
+    def answer_slowly(parameters):
+        sent_at.append((int(parameters["chat_id"]), clock.ticks - refused_at))
+        clock.move(answer_seconds)
+        return real(parameters)
+
+    monkeypatch.setattr(factoryapp, "SENDS_PER_SECOND", 400)
+    monkeypatch.setattr(factoryapp, "SENDS_BURST", 400)
+    if slow_seconds != 60:
+        monkeypatch.setattr(factoryapp, "SLOW_SECONDS", slow_seconds)
+    factoryapp.turns.open(telegram.id, ())
+    bot_api.failures[7].append(too_many_requests(5))
+    bot_api.sendMessage, refused_at = answer_slowly, clock.ticks
+    queue(*[7] * 8, *[8] * 3)
+    deliver_all(telegram)
+    assert [chat_id for chat_id, _ in sent_at] == [8] * 3  # nobody else is slowed down
+    sent_at.clear()
+    clock.move(refused_at + 5 - clock.ticks)
+    while clock.ticks < refused_at + 5 + slow_seconds:
+        deliver_all(telegram)
+        clock.move(0.25)
+        if len(sent_at) == 8:  # nothing is left: what comes now keeps the pace, too
+            queue(*more)
+            more.clear()
+    times = [at for _, at in sent_at if at < 5 + slow_seconds]
+    assert times[0] == 5 and slow_seconds / 2 <= len(times) < 60
+    assert all(b - a >= 1 + answer_seconds for a, b in zip(times, times[1:], strict=False))
+    deliver_all(telegram)
+    clock.move(1)
+    deliver_all(telegram)
+    assert len(sent_at) == 68  # the rest at once
+    assert sent_at[-1][1] - sent_at[len(times) + 1][1] == pytest.approx(
+        answer_seconds * (66 - len(times))
+    )
+
+
+def refuse_in_turn(telegram, bot_api, clock, refusals):
+    """(chat id, what its send gets) in this order; None is that it passes."""
+    for chat_id, retry_after in refusals:
+        if retry_after is not None:
+            is_told = isinstance(retry_after, (int, float))
+            failure = too_many_requests(retry_after) if is_told else retry_after
+            bot_api.failures[chat_id].append(failure)
+        queue(chat_id)
+        assert factoryapp.deliver_next(telegram)
+
+
+@pytest.mark.parametrize(
+    "refusals, barred_for",
+    [
+        ([(1, 30), (2, 20), (3, 40)], 20),
+        ([(1, 12), (2, 12), (3, 11.5)], 11.5),
+        ([(1, 30), (2, 20), (2, "reset"), (3, 40)], 20),  # what fails otherwise is no pass
+        ([(9, None), (1, 30), (2, 20), (3, 40)], 20),
+        ([(1, 30), (2, 20)], 0),
+        ([(1, 30), (2, 20), (9, None), (3, 40)], 0),
+        ([(1, 30), (2, 20), (9, TOO_LONG), (3, 40)], 0),  # Telegram looked at it
+    ],
+)
+def test_three_refusals_in_a_row_of_three_chats_mean_the_whole_bot(
+    http, telegram, bot_api, clock, refusals, barred_for
+):
+    # A chat that has failed waits: its next failure comes from another one.
+    refuse_in_turn(
+        telegram, bot_api, clock, [(90 if why == "reset" else n, why) for n, why in refusals]
+    )
+    queue(50, 51)
+    if barred_for:
+        clock.move(barred_for - 0.1)
+        deliver_all(telegram)
+        assert tries(bot_api, 50) == tries(bot_api, 51) == 0
+        clock.move(0.1 + 1e-6)
+    deliver_all(telegram)
+    assert bot_api.texts(50) == bot_api.texts(51) == ["text"]
+    passed = barred_for + 1e-6
+    told = {n: why for n, why in refusals if isinstance(why, (int, float))}
+    for pause in sorted(set(told.values()) - {barred_for}):  # each keeps its own
+        clock.move(pause - 0.1 - passed)
+        deliver_all(telegram)
+        assert not any(bot_api.texts(n) for n in told if told[n] >= pause)
+        clock.move(0.2)
+        passed = pause + 0.1
+        deliver_all(telegram)
+        assert all(bot_api.texts(n) == ["text"] for n in told if told[n] == pause)
+
+
+def test_refusals_of_one_chat_hold_up_no_other(http, telegram, bot_api, clock):
+    bot_api.failures[1].extend([too_many_requests(3)] * 4)
+    bot_api.failures[2].extend([too_many_requests(3)] * 4)
+    queue(1, 2)
+    for _ in range(4):
+        deliver_all(telegram)
+        queue(50)
+        deliver_all(telegram)
+        clock.move(3.01)
+    assert bot_api.texts(50) == ["text"] * 4
+
+
+def test_chats_refused_thrice_between_two_of_them_bar_nobody(http, telegram, bot_api, clock):
+    bot_api.failures[1].extend([too_many_requests(3)] * 3)
+    bot_api.failures[2].extend([too_many_requests(3)] * 3)
+    queue(1, 2)
+    for _ in range(3):
+        deliver_all(telegram)
+        clock.move(3.01)
+    clock.move(-0.01)
+    queue(50)
+    factoryapp.turns.take()
+    assert factoryapp.turns.barred_until == 0
+
+
+FORGET = {
+    "its turn is gone": lambda turns: turns.due.clear(),
+    "all is gone": lambda turns: (turns.due.clear(), turns.order.clear(), turns.suspects.clear()),
+    "its turn is tomorrow's": lambda turns: turns.due.update(
+        {7: turns.due[7]._replace(due_at=turns.due[7].due_at + 86_400)}
+    ),
+}
+
+
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
+def test_chat_that_turns_has_forgotten_is_served_within_a_minute_and_that_is_an_error(
+    http, telegram, bot_api, clock, monkeypatch, caplog, forget
+):
+    monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
+    queue(7)
+    with factoryapp.turns.changed:
+        forget(factoryapp.turns)
+    deliver_all(telegram)
+    clock.move(59)
+    deliver_all(telegram)
+    assert bot_api.sent == errors(caplog) == []
+    clock.move(2)
+    deliver_all(telegram)
+    assert bot_api.sent == [(7, "text")]
+    assert len(errors(caplog)) == 1 and "[7]" in errors(caplog)[0]
+    clock.move(61)
+    deliver_all(telegram)
+    assert len(errors(caplog)) == 1
+
+
+def test_comparing_turns_with_the_outbox_raises_no_false_alarm(
+    http, telegram, bot_api, clock, monkeypatch, caplog
+):
+    turns = factoryapp.turns
+    bot_api.failures[1].append(too_many_requests(10_072))
+    bot_api.failures[2].extend(["reset"] * 100)
+    bot_api.failures[3].append(too_many_requests(58))
+    queue(1, 2, *[3] * 30)
+    queue(4, send_at=clock.seconds + 86_400)
+    queue(4, send_at=clock.seconds + 7200)
+    deliver_all(telegram)
+    queue(1, 2)  # waits behind what failed
+    queue(5, send_at=clock.seconds - 60)
+    queue(6)
+    busy = [turns.take(), turns.take()]
+    assert sorted(busy) == [5, 6]
+    queue(6)
+    committed, real = [], factoryapp.turns.wake
+
+    def wake_late(bot_id, chat_id):
+        committed.append(chat_id)
+
+    def look_again_later(seconds):
+        # What was committed, but not known yet, when Turns was compared first.
+        monkeypatch.setattr(turns, "wake", real)
+        for chat_id in committed:
+            turns.wake(telegram.id, chat_id)
+
+    def list_queues(*args):
+        # What was sent while Turns was compared.
+        queues = real_list_queues(*args)
+        deliver_all(telegram)
+        return queues
+
+    real_list_queues = factoryapp.list_queues
+    monkeypatch.setattr(factoryapp, "list_queues", list_queues)
+    monkeypatch.setattr(factoryapp.time, "sleep", look_again_later)
+    for _ in range(5):
+        queue(9)
+        monkeypatch.setattr(turns, "wake", wake_late)
+        queue(8)
+        clock.move(61)
+        deliver_all(telegram)
+    assert committed == [8] * 5 and len(bot_api.texts(8)) == len(bot_api.texts(9)) == 5
+    assert errors(caplog) == [] and tries(bot_api, 1) == 1 and len(bot_api.texts(3)) == 30
+    for chat_id in busy:
+        turns.give_back(chat_id, factoryapp.Again(0, "early"))
+    deliver_all(telegram)
+    assert len(bot_api.texts(5)) == 1 and len(bot_api.texts(6)) == 2
+
+
+@pytest.mark.parametrize("step", [3, 3600, 86_400, 30 * 86_400])
+def test_send_at_is_kept_when_the_clock_steps_forward(http, telegram, bot_api, clock, caplog, step):
+    clock.move(40)
+    queue(7, text="after the step", send_at=clock.seconds + step)
+    queue(7, text="much later", send_at=clock.seconds + 2 * step)
+    deliver_all(telegram)
+    clock.seconds += step  # or the machine slept
+    deliver_all(telegram)
+    assert bot_api.texts(7) == ["after the step"] and errors(caplog) == []
+
+
+@pytest.mark.parametrize("step", [-86_400, 3600, 86_400])
+def test_step_of_the_clock_neither_ends_nor_prolongs_a_pause(
+    http, telegram, bot_api, clock, monkeypatch, caplog, step
+):
+    monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 250)
+    bot_api.failures[1].append(too_many_requests(10_072))
+    bot_api.failures[2].append("reset")
+    queue(1, 2)
+    deliver_all(telegram)
+    clock.move(100)
+    clock.seconds += step
+    for chat_id, left in ((2, 150), (1, 9822)):
+        for _ in range(3):
+            clock.move((left - 0.3) / 3)
+            deliver_all(telegram)
+            assert bot_api.texts(chat_id) == []
+        clock.move(0.3 + 1e-4)
+        deliver_all(telegram)
+        assert bot_api.texts(chat_id) == ["text"]
+    assert errors(caplog) == []
+
+
+def test_steps_of_the_clock_too_small_to_count_add_up_to_no_alarm(
+    http, telegram, bot_api, clock, monkeypatch, caplog
+):
+    monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
+    queue(7, send_at=clock.seconds + 3600)
+    for _ in range(50):
+        clock.move(61)
+        clock.seconds += 1.5
+        deliver_all(telegram)
+    clock.move(3600 - 50 * 62.5 - 2)
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(4.1)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == ["text"] and errors(caplog) == []
+
+
+def test_clock_set_back_sends_nothing_before_its_send_at(http, telegram, bot_api, clock, caplog):
+    queue(7, send_at=clock.seconds + 60)
+    clock.seconds -= 3600
+    for _ in range(60):
+        clock.move(60)
+        deliver_all(telegram)
+        assert bot_api.sent == []
+    clock.move(61)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == ["text"] and errors(caplog) == []
+
+
+def test_clock_that_does_not_step_costs_no_query(http, telegram, bot_api, clock, monkeypatch):
+    queries, real = [], factoryapp.connection
+
+    def connection():
+        queries.append(clock.ticks)
+        return real()
+
+    queue(7, send_at=clock.seconds + 7200)
+    deliver_all(telegram)
+    monkeypatch.setattr(factoryapp, "connection", connection)
+    for _ in range(590):
+        clock.move(0.1)
+        deliver_all(telegram)
+    assert queries == []
+    clock.move(2)
+    deliver_all(telegram)
+    assert len(queries) == 1
 
 
 # --- Store ----------------------------------------------------------------------------------------
@@ -644,6 +1086,39 @@ def test_idempotency_key_is_forgotten_when_its_time_has_passed(http, clock):
         clock.move(factoryapp.IDEMPOTENCY_SECONDS + 1)
 
 
+def restart(home):
+    """Begin with the queues that the database has, as the program does."""
+    queues = factoryapp.list_queues(factoryapp.connection(), home.id)
+    factoryapp.turns.open(home.id, queues)
+
+
+def test_pause_that_telegram_asked_for_outlives_a_restart(http, telegram, bot_api, clock, linked):
+    bot_api.failures[7].append(RETRY_AFTER_9)
+    post(http, linked, "one")
+    deliver_all(telegram)
+    restart(telegram)
+    clock.move(8.9)
+    post(http, linked, "two")
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(0.2)
+    deliver_all(telegram)
+    assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
+
+
+def test_restart_with_the_clock_set_back_makes_no_pause_longer_than_it_was(
+    http, telegram, bot_api, clock, linked
+):
+    bot_api.failures[7].append(RETRY_AFTER_9)
+    post(http, linked, "one")
+    deliver_all(telegram)
+    clock.move(-365 * 86_400)
+    restart(telegram)
+    clock.move(9)
+    deliver_all(telegram)
+    assert len(bot_api.texts(7)) == 1
+
+
 def test_what_waits_for_an_account_moves_with_it_to_its_new_chat(
     http, telegram, bot_api, clock, linked
 ):
@@ -680,26 +1155,40 @@ def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(
     assert bot_api.texts(7) == []
 
 
-def test_what_waits_for_the_earlier_account_of_a_chat_is_given_up(
+def test_what_waits_for_a_chat_stays_when_it_is_linked_again_to_its_account(
     http, telegram, bot_api, clock, linked
 ):
-    alice, bob = log_in(http, "alice"), join(http, "bob")
-    post(http, alice, "not for bob", send_at=factoryapp.iso(clock.seconds + 60))
-    link_chat(http, telegram, bot_api, bob, 7)
+    headers = log_in(http, "alice")
+    post(http, headers, "later", send_at=factoryapp.iso(clock.seconds + 60))
+    link_chat(http, telegram, bot_api, headers, 7)
     clock.move(61)
     deliver_all(telegram)
-    assert len(bot_api.texts(7)) == 1 and list_messages(http, alice)[0]["delivery"] == "failed"
+    assert bot_api.texts(7)[-1].endswith("later")
+    assert list_messages(http, headers)[0]["delivery"] == "sent"
 
 
 @alone_and_crowded
-def test_chat_moves_to_another_account_only_with_its_token(http, telegram, bot_api):
+def test_chat_of_another_account_is_linked_only_after_stop(http, telegram, bot_api):
     alice, bob = join(http, "alice"), join(http, "bob")
     link_chat(http, telegram, bot_api, alice, 7)
-    link_chat(http, telegram, bot_api, bob, 7)
+    token = link_token(http, bob)
+    for text in (token, f"/start {token}"):
+        [answer] = say(telegram, bot_api, 7, text)
+        assert answer == factoryapp.STOP_FIRST.format(username="alice")
+    assert post(http, alice, "a")["delivery"] == "queued"
+    say(telegram, bot_api, 7, "/stop")
+    assert "успешно привязаны" in say(telegram, bot_api, 7, token)[-1]  # it was not spent
     assert post(http, alice, "a")["delivery"] == "unlinked"
     assert post(http, bob, "b")["delivery"] == "queued"
     link_chat(http, telegram, bot_api, bob, 9)  # and an account has one chat
     assert "неверный или устарел" in say(telegram, bot_api, 7, "hello")[-1]
+
+
+def test_token_that_linked_the_chat_is_answered_as_start_is(http, telegram, bot_api):
+    token = link_token(http, join(http, "alice"))
+    assert "успешно привязаны" in say(telegram, bot_api, 7, token)[0]
+    for text in (f"/start {token}", token):
+        assert say(telegram, bot_api, 7, text) == [factoryapp.LINKED_TO.format(username="alice")]
 
 
 # --- Passwords and tokens -------------------------------------------------------------------------
@@ -712,6 +1201,13 @@ def test_password_is_kept_as_scrypt_with_its_parameters(http, monkeypatch):
     assert kept.startswith("scrypt$32768$8$3$") and PASSWORD not in kept
     monkeypatch.setattr(factoryapp, "SCRYPT", {"n": 16, "r": 8, "p": 1})
     assert log_in(http, "alice")
+
+
+def test_same_password_of_two_users_is_kept_as_two_hashes(http):
+    for name in ("alice", "bob"):
+        register(http, name)
+    kept = factoryapp.connection().execute("SELECT password FROM users").fetchall()
+    assert len({row["password"] for row in kept}) == 2
 
 
 def test_no_more_than_two_passwords_are_hashed_at_once(http, monkeypatch):
@@ -758,6 +1254,14 @@ def test_claims_are_those_of_simplejwt(http):
         assert list(claims) == ["token_type", "exp", "iat", "jti", "user_id"]
         assert claims["token_type"] == kind and claims["exp"] - claims["iat"] == seconds
         assert re.fullmatch("[0-9a-f]{32}", claims["jti"]) and claims["user_id"] == str(user["id"])
+
+
+def test_memory_for_access_tokens_is_bounded(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "TOKENS_REMEMBERED", 5)
+    register(http, "alice")
+    for _ in range(12):
+        http.get("/api/users/me/", headers=log_in(http, "alice"))
+        assert len(factoryapp.verified_tokens) <= 5
 
 
 def try_password(http, username, password="wrong", address="192.0.2.1", status=401, **headers):
@@ -822,6 +1326,14 @@ def test_memory_for_failed_logins_is_bounded(http, monkeypatch):
     assert all(len(str(key)) < 250 for key in factoryapp.login_throttle.failures)
 
 
+def test_whoever_comes_when_the_memory_for_failed_logins_is_full_is_throttled(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "LOGIN_KEYS_REMEMBERED", 50)
+    for n in range(50):
+        try_password(http, "bob", address=f"192.0.2.{n}")
+    for status in [401] * 10 + [429]:
+        try_password(http, "alice", address="192.0.2.99", status=status)
+
+
 def test_unknown_name_costs_the_hash_of_a_wrong_password(http, monkeypatch):
     costs, real = [], factoryapp.hashlib.scrypt
 
@@ -857,7 +1369,7 @@ def test_message_to_another_reaches_both_chats(http, telegram, bot_api):
     link_chat(http, telegram, bot_api, bob, 8)
     post(http, alice, "привет", recipient="bob")
     deliver_all(telegram)
-    assert bot_api.texts(7)[1:] == ["alice, я получил от тебя сообщение:\n\nпривет"]
+    assert bot_api.texts(7)[1:] == ["alice, я получил от тебя сообщение для bob:\n\nпривет"]
     assert bot_api.texts(8)[1:] == ["Сообщение от alice:\n\nпривет"]
     assert list_messages(http, bob)[0]["delivery"] == "sent"
 
@@ -870,8 +1382,10 @@ def test_long_message_goes_out_in_parts_in_order(http, telegram, bot_api):
     factoryapp.deliver_next(telegram)
     assert list_messages(http, headers)[0]["delivery"] == "queued"
     deliver_all(telegram)
-    assert len(bot_api.texts(7)) == 5
-    assert "".join(bot_api.texts(7)[1:]) == f"alice, я получил от тебя сообщение:\n\n{text}"
+    _, first, *later = bot_api.raw
+    assert [part.split("\n")[0] for part in later] == [f"alice ({n}/4):" for n in range(2, 5)]
+    parts = [first, *(part.split("\n\n", 1)[1] for part in later)]
+    assert "".join(parts) == f"alice, я получил от тебя сообщение:\n\n{text}"
     assert list_messages(http, headers)[0]["delivery"] == "sent"
 
 
@@ -909,9 +1423,7 @@ def test_send_at_waits_and_lets_others_pass(http, telegram, bot_api, clock, link
     clock.move(2)
     deliver_all(telegram)
     assert bot_api.texts(7)[-1].endswith("in an hour")
-    factoryapp.turns.open(
-        telegram.id, factoryapp.list_queues(factoryapp.connection(), telegram.id)
-    )  # as after a restart
+    reopen_turns(telegram)
     deliver_all(telegram)
     clock.move(86_400)
     deliver_all(telegram)
@@ -924,7 +1436,18 @@ def test_send_at_waits_and_lets_others_pass(http, telegram, bot_api, clock, link
         {"error_code": 500, "description": "Internal Server Error"},
         {"error_code": 401, "description": "Unauthorized"},
         {"error_code": 429, "description": "Too Many Requests"},
+        *[
+            {"error_code": 429, "description": "Too Many Requests", "parameters": parameters}
+            for parameters in (None, [9], 9, "x", {}, {"retry_after_too": 9})
+        ],
+        *[
+            {**RETRY_AFTER_9, "parameters": {"retry_after": value}}
+            for value in (-1, -0.5, "x", "9", None, math.inf, -math.inf, math.nan, 1e300, True, [9])
+        ],
         b"<html>502 Bad Gateway</html>",
+        (403, b"<html>403 Forbidden</html>"),
+        (404, b""),
+        (200, b"<html>Log in</html>"),
         {},
         [1],
         "reset",
@@ -940,8 +1463,13 @@ def test_failed_send_is_tried_again_after_the_pause(
     for attempts in range(3):
         deliver_all(telegram)
         assert len(bot_api.attempts) == 2 + attempts  # the answer to linking, then one a pause
+        clock.move(2**attempts * 0.49)
+        deliver_all(telegram)
+        assert len(bot_api.attempts) == 2 + attempts
         assert list_messages(http, headers)[0]["delivery"] == "queued"
-        clock.move(2**attempts)
+        clock.move(2**attempts * 0.52)
+    deliver_all(telegram)
+    clock.move(1)
     deliver_all(telegram)
     assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
 
@@ -973,6 +1501,98 @@ def test_chat_comes_up_again_after_a_round_that_failed(
     assert [text[-3:] for text in bot_api.texts(7)] == ["one"]
 
 
+def test_fault_of_ours_in_a_delivery_ends_no_sender(http, telegram, linked, monkeypatch, caplog):
+    monkeypatch.setattr(factoryapp, "deliver", lambda *args: 1 / 0)
+    post(http, linked, "one")
+    stop = StopAtFirstPause()
+    factoryapp.run_outbox(telegram, stop)
+    assert stop.seconds and "ZeroDivisionError" in caplog.text
+
+
+ODD_EXCEPTIONS = [
+    OSError("Could not find a suitable TLS CA certificate bundle, invalid path: /gone.pem"),
+    PermissionError(13, "Permission denied"),
+    ValueError("Invalid IPv6 URL"),
+    UnicodeError("label too long"),
+    KeyError("ok"),
+    AttributeError("'NoneType' object has no attribute 'readline'"),
+    RuntimeError("can't start new thread"),
+    MemoryError(),
+    RecursionError("maximum recursion depth exceeded"),
+    AssertionError(),
+    Exception("anything"),
+]
+
+
+@pytest.mark.parametrize("error", ODD_EXCEPTIONS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["in the network", "around it", "in its deadline"])
+def test_any_exception_of_a_send_is_a_failed_attempt(
+    http, telegram, bot_api, clock, monkeypatch, caplog, where, error
+):
+    caplog.set_level("WARNING")
+    owner, name = factoryapp.apihelper, "send_message"
+    if where == "in the network":
+        owner, name = owner.requests.Session, "request"
+    elif where == "in its deadline":
+        owner, name = threading.Timer, "start"
+    calls, real = [], getattr(owner, name)
+
+    def fail_thrice(*args, **kwargs):
+        calls.append(clock.ticks)
+        if len(calls) <= 3:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fail_thrice)
+    queue(7, 7)
+    for attempts in range(3):
+        deliver_all(telegram)
+        assert len(calls) == attempts + 1
+        clock.move(2**attempts * 0.49)
+        deliver_all(telegram)
+        assert len(calls) == attempts + 1
+        clock.move(2**attempts * 0.52)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == ["text", "text"]
+    if where != "around it":  # foreseen: one line each, and no traceback
+        assert len(caplog.records) == 3 and not any(r.exc_info for r in caplog.records)
+        assert all(type(error).__name__ in r.getMessage() for r in caplog.records)
+        assert str(error) == "" or str(error) not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("disk I/O error"),
+        sqlite3.DatabaseError("database disk image is malformed"),
+        sqlite3.InterfaceError("bad parameter"),
+        MemoryError(),
+        OSError(24, "Too many open files"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_chat_whose_next_text_could_not_be_read_comes_up_again(
+    http, telegram, bot_api, clock, monkeypatch, call, error
+):
+    calls, real = [], factoryapp.find_head
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(factoryapp, "find_head", fail_once)
+    queue(7, text="one")
+    queue(7, text="two")
+    for _ in range(4):  # rounds of run_outbox()
+        with suppress(type(error)):
+            deliver_all(telegram)
+        clock.move(1.01)
+    assert len(calls) > call and bot_api.texts(7) == ["one", "two"]
+
+
 def test_pause_grows_to_five_minutes_with_jitter():
     pauses = [factoryapp.backoff(attempts, 300) for attempts in range(2000)]
     assert all(150 <= pause <= 300 for pause in pauses[9:]) and 0.5 <= pauses[0] <= 1
@@ -998,12 +1618,18 @@ def test_odd_description_is_kept_as_the_reason(http, telegram, bot_api, linked):
     assert list_messages(http, linked)[0]["delivery"] == "failed"
 
 
+@pytest.mark.parametrize(
+    "why",
+    [
+        "Forbidden: bot was blocked by the user",
+        "Forbidden: user is deactivated",
+        "Forbidden: bot can't initiate conversation with a user",
+        "",
+    ],
+)
 @alone_and_crowded
-@pytest.mark.parametrize("failure", [BLOCKED, CHAT_NOT_FOUND])
-def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(
-    http, telegram, bot_api, linked, failure
-):
-    bot_api.failures[7].append(failure)
+def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(http, telegram, bot_api, linked, why):
+    bot_api.failures[7].append({"error_code": 403, "description": why})
     post(http, linked, "one")
     post(http, linked, "two")
     deliver_all(telegram)
@@ -1015,7 +1641,140 @@ def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(
         .execute("SELECT error FROM outbox WHERE given_up_at IS NOT NULL")
         .fetchall()
     )
-    assert [failure["description"] in row["error"] for row in reasons] == [True, True]
+    assert [row["error"] for row in reasons] == [f"403 {why}"] * 2
+
+
+CHAT_NOT_FOUND_TOO = {"error_code": 400, "description": "Bad Request: Chat not found"}
+
+
+@pytest.mark.parametrize("missing", [CHAT_NOT_FOUND, CHAT_NOT_FOUND_TOO])
+def test_chat_not_found_is_believed_when_it_is_still_said_ten_minutes_later(
+    http, telegram, bot_api, clock, linked, missing
+):
+    bot_api.failures[7].extend([missing] * 1000)
+    first, second = post(http, linked, "one"), post(http, linked, "two")
+    since = clock.seconds
+    deliver_all(telegram)
+    while clock.seconds < since + 599:
+        clock.move(9)
+        deliver_all(telegram)
+        assert factoryapp.find_chat(factoryapp.connection(), 1)
+    assert 7 <= tries(bot_api, 7) < 20  # with the growing pause; one was the answer to linking
+    reopen_turns(telegram)
+    while clock.seconds < since + 910:
+        clock.move(9)
+        deliver_all(telegram)
+    headers = log_in(http, "alice")
+    assert [m["delivery"] for m in list_messages(http, headers)] == ["failed", "failed"]
+    assert not factoryapp.find_chat(factoryapp.connection(), 1)
+    assert first["delivery"] == second["delivery"] == "queued"
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    ["reset", RETRY_AFTER_9, {"error_code": 500, "description": "oops"}, b"<html>", None],
+)
+def test_chat_not_found_counts_from_anew_when_something_else_was_said(
+    http, telegram, bot_api, clock, linked, monkeypatch, otherwise
+):
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 100)
+    answers = [CHAT_NOT_FOUND] * 5 + ([otherwise] if otherwise else []) + [CHAT_NOT_FOUND] * 5
+    bot_api.failures[7].extend(answers)
+    post(http, linked, "one")
+    if otherwise is None:
+        bot_api.failures[7].clear()
+        bot_api.failures[7].extend([CHAT_NOT_FOUND] * 6)
+    deliver_all(telegram)
+    for _ in range(12):
+        clock.move(100.1)
+        deliver_all(telegram)
+    assert bot_api.texts(7)[-1].endswith("one") and not bot_api.failures[7]
+    assert post(http, log_in(http, "alice"), "two")["delivery"] == "queued"
+
+
+OOPS = {"error_code": 500, "description": "Internal Server Error"}
+
+
+@pytest.mark.parametrize(
+    "failure, reason, pause, given_up_after",
+    [
+        (OOPS, "500 Internal Server Error", 100, 3600),
+        (OOPS, "500 Internal Server Error", 300, 5700),
+        ("reset", "Telegram cannot be reached: ConnectionError", 180, 3600),
+        ((403, b"<html>"), "Telegram answered 403, which makes no sense", 300, 5700),
+        ({}, "Telegram answered 200, which makes no sense", 180, 3600),
+    ],
+)
+def test_delivery_that_fails_while_others_pass_is_given_up_after_20_failures_and_an_hour(
+    http, telegram, bot_api, clock, monkeypatch, linked, failure, reason, pause, given_up_after
+):
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: pause)
+    bot_api.failures[7].extend([failure] * (given_up_after // pause + 1))
+    post(http, linked, "one")
+    post(http, linked, "two")
+    deliver_all(telegram)
+    for seconds in range(pause, given_up_after + 1, pause):
+        queue(8)
+        clock.move(pause)
+        assert bot_api.texts(7) == []
+        deliver_all(telegram)
+        given_up = factoryapp.connection().one("SELECT count(*) FROM outbox WHERE given_up_at > ''")
+        assert given_up[0] == (seconds >= given_up_after), seconds
+    deliveries = [m["delivery"] for m in list_messages(http, log_in(http, "alice"))]
+    assert deliveries == ["failed", "sent"]
+    rows = factoryapp.connection().execute("SELECT error FROM outbox WHERE given_up_at > ''")
+    assert [row["error"] for row in rows] == [reason]
+    assert any("Не доставлено" in text for text in bot_api.texts(7))
+
+
+@pytest.mark.parametrize("passed", ["none", "before", "at first", "at last"])
+def test_delivery_that_fails_while_no_other_passes_is_not_given_up(
+    http, telegram, bot_api, clock, monkeypatch, passed
+):
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 300)
+    if passed == "before":
+        queue(6)
+        deliver_all(telegram)
+    clock.move(1)
+    bot_api.away = OOPS
+    queue(7)
+    deliver_all(telegram)
+    if passed == "at first":  # it was on its way when Telegram's trouble began
+        bot_api.away = None
+        queue(6)
+        deliver_all(telegram)
+        bot_api.away = OOPS
+    queue(8)
+    for _ in range(50):
+        clock.move(300.1)
+        deliver_all(telegram)
+    assert tries(bot_api, 7) == 51 and tries(bot_api, 8) == 50
+    bot_api.away = None
+    if passed == "at last":  # Telegram is back: one more failure says nothing
+        factoryapp.turns.hurry()
+        bot_api.failures[7].append(OOPS)
+        queue(6)
+        deliver_all(telegram)
+        assert [chat_id for _, chat_id, _ in bot_api.attempts[-3:]] == [6, 7, 8]
+    clock.move(300.1)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == bot_api.texts(8) == ["text"]
+
+
+def test_delivery_given_up_is_no_evidence_against_another(
+    http, telegram, bot_api, clock, monkeypatch
+):
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 300)
+    bot_api.failures[7].extend([OOPS] * 30)
+    bot_api.failures[8].extend([OOPS] * 30)
+    for seconds in range(0, 6150, 50):
+        if seconds in (0, 400, 5750):  # two that fail, one that passes
+            queue({0: 7, 400: 8, 5750: 6}[seconds])
+        deliver_all(telegram)
+        clock.move(50)
+    assert (tries(bot_api, 7), tries(bot_api, 8)) == (21, 20)
+    rows = factoryapp.connection().execute("SELECT chat_id FROM outbox WHERE given_up_at > ''")
+    assert [row["chat_id"] for row in rows] == [7]
 
 
 @alone_and_crowded
@@ -1025,7 +1784,7 @@ def test_text_that_can_never_be_sent_is_given_up_alone(http, telegram, bot_api, 
     post(http, linked, "two")
     deliver_all(telegram)
     assert [text[-3:] for text in bot_api.texts(7)] == [
-        "ne ",
+        "one",
         "two",
         "бщ.",
     ]  # the rest of the first is sent all the same
@@ -1097,10 +1856,48 @@ def test_chat_that_hangs_delays_no_other(http, running, bot_api, monkeypatch):
     assert len(bot_api.texts(7)) == 1
 
 
+def test_forty_chats_that_hang_in_one_moment_hold_up_no_other(http, running, bot_api, monkeypatch):
+    monkeypatch.setattr(factoryapp, "SENDS_PER_SECOND", 400)
+    factoryapp.turns.open(running.id, ())
+    for chat_id in range(1, 41):
+        bot_api.failures[chat_id].append(10)
+    try:
+        queue(*range(1, 41))
+        bot_api.wait_for(lambda: len(bot_api.attempts) == 40, seconds=5)
+        for n in range(5):
+            started_at = time.monotonic()
+            queue(99, text=str(n))
+            bot_api.wait_for_texts(99, n + 1, seconds=5)
+            assert time.monotonic() - started_at < 1
+    finally:
+        bot_api.hung_up.set()
+
+
+@pytest.mark.parametrize("failure", ["drips", "drips from its first byte"])
+def test_answer_that_drips_is_ended_and_holds_up_nobody(
+    http, running, bot_api, monkeypatch, caplog, failure
+):
+    monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 0.1)
+    queue(*range(10, 20))
+    bot_api.wait_for(lambda: len(bot_api.sent) == 10)  # the connections are kept from now on
+    bot_api.failures[7].append(failure)
+    started_at = time.monotonic()
+    queue(7)
+    bot_api.wait_for(lambda: tries(bot_api, 7) == 1)
+    queue(8)
+    bot_api.wait_for_texts(8)
+    assert tries(bot_api, 7) == 1  # it drips still
+    bot_api.wait_for_texts(7, seconds=5)
+    assert 0.4 < time.monotonic() - started_at < 2
+    assert "delivery" in caplog.text and "Traceback" not in caplog.text
+
+
 def test_two_people_and_a_bad_day(http, running, bot_api, monkeypatch):
     # 200 messages between two chats; trouble on the way, and at the end one chat blocks the bot.
     monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(factoryapp, "SENDS_PER_SECOND", 400)
+    monkeypatch.setattr(factoryapp, "SLOW_SECONDS", 0)
     monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 0.2)
     factoryapp.turns.open(running.id, ())
     people, chats = {}, {"alice": 7, "bob": 8}
@@ -1145,13 +1942,13 @@ def test_two_people_and_a_bad_day(http, running, bot_api, monkeypatch):
         b"<html>502 Bad Gateway</html>",
         {},
         [1],
-        RETRY_AFTER_9,
+        {**RETRY_AFTER_9, "parameters": {"retry_after": 0.5}},
         0.6,
     ],
 )
 def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkeypatch, away):
     monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(factoryapp, "RETRY_AFTER_MAX_SECONDS", 0.5)
+    monkeypatch.setattr(factoryapp, "SLOW_SECONDS", 0)
     monkeypatch.setattr(factoryapp, "SENDS_BURST", 5)
     monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 0.2)
     headers = join(http, "alice")
@@ -1263,10 +2060,26 @@ def test_bot_answers_as_agreed(http, telegram, bot_api):
     assert "неверный или устарел" in say(telegram, bot_api, 7, "hello")[0]
 
 
-@pytest.mark.parametrize("text", ["  \n ", "\u2003", "\0"])
-def test_blank_text_to_the_bot_is_no_message(http, telegram, bot_api, linked, text):
+@pytest.mark.parametrize("text", ["  \n ", "\u2003", "\0", ""])
+def test_blank_text_to_the_bot_is_no_message(http, telegram, bot_api, linked, caplog, text):
     assert say(telegram, bot_api, 7, text) == []
+    assert list_messages(http, linked) == [] and caplog.text == ""
+
+
+def test_text_to_the_bot_over_the_limit_is_refused(http, telegram, bot_api, linked):
+    assert say(telegram, bot_api, 7, "я" * 16_385) == [factoryapp.TOO_LONG]
     assert list_messages(http, linked) == []
+
+
+def test_notice_of_telegrams_own_in_a_chat_is_not_answered(http, telegram, bot_api, linked):
+    timer = {"message_auto_delete_time": 86_400}
+    assert say(telegram, bot_api, 7, message_auto_delete_timer_changed=timer) == []
+
+
+def test_terminal_gets_no_control_characters_but_tabs_and_line_ends(capsys):
+    controls = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
+    factoryapp.Terminal().send({"text": "a\tb\nc" + "".join(controls)})
+    assert capsys.readouterr().out == "a\tb\nc" + "\ufffd" * len(controls) + "\n\n"
 
 
 def test_menu_shows_the_commands(telegram, bot_api):
@@ -1311,32 +2124,827 @@ def test_reply_to_somebody_without_a_chat_says_so(http, telegram, bot_api):
     deliver_all(telegram)
     said = say(telegram, bot_api, 8, "ответ", reply_to=len(bot_api.sent))
     assert said == [
-        "bob, я получил от тебя сообщение:\n\nответ",
+        "bob, я получил от тебя сообщение для alice:\n\nответ",
         factoryapp.NO_CHAT.format(username="alice"),
     ]
     assert list_messages(http, alice)[-1]["text"] == "ответ"
 
 
 def test_group_is_told_once_that_linking_is_for_private_chats(http, telegram, bot_api):
-    token = link_token(http, join(http, "alice"))
-    assert say(telegram, bot_api, -100, token, chat_type="group") == [factoryapp.PRIVATE_ONLY]
-    assert say(telegram, bot_api, -100, "/start " + token, chat_type="group") == []
-    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == [
-        factoryapp.PRIVATE_ONLY
+    assert say(telegram, bot_api, -100, "hello", chat_type="group") == [factoryapp.PRIVATE_ONLY]
+    assert say(telegram, bot_api, -100, "hello", chat_type="group") == []
+
+
+# What Telegram hands over beside a text, most of it newer, older or worse than anybody foresaw.
+SOMEBODY = {"id": 99, "is_bot": False, "first_name": "Carol"}
+PRIVATE = {"id": 7, "type": "private"}
+REPLIED = {"message_id": 9, "date": 0, "chat": PRIVATE, "from": SOMEBODY}
+SIDE_FIELDS = [
+    {"forward_origin": {"type": "new_kind", "date": 1}},
+    {"forward_origin": {"type": "user", "date": 1}},
+    {"forward_origin": "unknown"},
+    {"forward_date": "yesterday", "forward_from": 5},
+    {"reply_to_message": {**REPLIED, "poll": {"id": "1", "question": "of an older server?"}}},
+    {"reply_to_message": {**REPLIED, "gift": {"gift": {"id": "g"}, "is_private": True}}},
+    {"reply_to_message": {**REPLIED, "unique_gift": {}}},
+    {"reply_to_message": {**REPLIED, "checklist": {"title": "t", "tasks": [{"id": 1}]}}},
+    {"reply_to_message": {**REPLIED, "paid_media": {"star_count": 1, "paid_media": [{}]}}},
+    {"reply_to_message": {**REPLIED, "giveaway": {"chats": None}}},
+    {"reply_to_message": {"message_id": "9", "from": []}},
+    {"reply_to_message": {"message_id": 2**70, "from": {"id": 2**70}}},
+    {"reply_to_message": {}},
+    {"reply_to_message": 5},
+    {"reply_to_message": None},
+    {"reply_to_story": {"chat": PRIVATE, "id": 1}},
+    {"reply_to_checklist_task_id": 2},
+    {"external_reply": {"origin": {"type": "new_kind"}, "message_id": 9}},
+    {"quote": {"position": 0}},
+    {"quote": {"text": "x"}},
+    {"via_bot": {"id": 5, "is_bot": True}},
+    {"via_bot": "gif"},
+    {"from": None},
+    {"from": {"id": 7}},
+    {"from": "alice"},
+    {"sender_chat": {"id": 7}},
+    {"sender_business_bot": {}, "business_connection_id": 5},
+    {"entities": 5},
+    {"entities": {"type": "bold"}},
+    {"entities": "bold"},
+    {"entities": [None, 5, "bold", [], {}]},
+    {"entities": [{"type": "new_kind", "offset": 0, "length": 1, "emoji_status": {}}]},
+    {"entities": [{"type": "text_mention", "offset": 0, "length": 1, "user": {"id": 5}}]},
+    {"entities": [{"type": "custom_emoji", "offset": 0, "length": 1}]},
+    {"entities": [{"type": "date_time", "offset": "0", "length": None}]},
+    {"link_preview_options": {"is_disabled": "?"}},
+    {"reply_markup": {"inline_keyboard": [[{"text": "x"}]]}},
+    {"message_id": "17"},
+    {"message_id": 2**70},
+    {"message_id": -(2**70)},
+    {"message_id": 1.5},
+    {"message_id": True},
+    {"message_id": None},
+    {"message_id": 0},
+    {"date": "today"},
+    {"date": 2**70, "edit_date": -1},
+    {"message_thread_id": "5", "is_topic_message": True},
+    {"message_thread_id": 2**70},
+    {"media_group_id": 5},
+    {"media_group_id": "\ud800"},
+    {"author_signature": "\ud83d"},
+    {"effect_id": "a\0b"},
+    {"hologram": {"of": [2027] * 50}},
+    {"photo": None, "sticker": []},
+    {"suggested_post_info": {"state": "approved"}, "paid_star_count": "many"},
+    {"chat": {**PRIVATE, "first_name": "\udfff\0", "type_of_2027": {}}},
+]
+
+
+def own_copy(text):
+    return factoryapp.OWN_COPY.format(username="alice", text=text)
+
+
+def stored_texts(http, headers):
+    return [message["text"] for message in list_messages(http, headers)]
+
+
+def test_text_is_a_message_whatever_stands_beside_it(
+    http, telegram, bot_api, clock, linked, caplog
+):
+    for content in SIDE_FIELDS:
+        clock.move(1)
+        assert say(telegram, bot_api, 7, "x", **content) == [own_copy("x")], content
+    assert stored_texts(http, linked) == ["x"] * len(SIDE_FIELDS) and caplog.text == ""
+
+
+def test_text_that_cannot_be_kept_as_it_is_loses_no_more_than_that(http, telegram, bot_api, linked):
+    for sent, stored in (
+        ("a\ud800b", "a?b"),
+        ("\udfff\ud83d", "??"),
+        ("a\0b", "ab"),
+        ("👍\ud83d", "👍?"),
+        ("a\u202eb\x07\x1b[2J", "a\u202eb\x07\x1b[2J"),
+    ):
+        assert len(say(telegram, bot_api, 7, sent)) == 1
+        assert stored_texts(http, linked)[-1] == stored
+
+
+def test_text_that_is_none_is_silence(http, telegram, bot_api, linked):
+    for text in (None, 5, ["x"], {"x": 1}, True):
+        bot_api.push({"message": {"message_id": 5, "date": 0, "chat": PRIVATE, "text": text}})
+        bot_api.push({"message": [text], "edited_message": text})
+    assert say(telegram, bot_api, 7, "/help") == [factoryapp.HELP]
+    assert stored_texts(http, linked) == []
+
+
+UNKNOWN_CONTENT = [
+    {"checklist": {"title": "t", "tasks": []}},
+    {"gift": {"gift": {"id": "g"}}},
+    {"giveaway": {}, "giveaway_winners": {}},
+    {"game": {"title": "chess"}},
+    {"invoice": {"title": "bill", "total_amount": 5}},
+    {"hologram": {"of": 2027}},
+    {"hologram": "x", "caption": "/stop"},
+    {"photo": []},
+    {},
+]
+SERVICE = [
+    {"pinned_message": {"message_id": 1, "date": 0, "chat": PRIVATE, "text": "/stop"}},
+    {"new_chat_members": [SOMEBODY], "new_chat_member": SOMEBODY},
+    {"left_chat_member": SOMEBODY},
+    {"new_chat_title": "Factory"},
+    {"new_chat_photo": [{"file_id": "a"}]},
+    {"delete_chat_photo": True},
+    {"group_chat_created": True},
+    {"supergroup_chat_created": True},
+    {"channel_chat_created": True},
+    {"message_auto_delete_timer_changed": {"message_auto_delete_time": 86_400}},
+    {"successful_payment": {"currency": "XTR"}},
+    {"users_shared": {"request_id": 1}},
+    {"chat_shared": {"request_id": 1}},
+    {"connected_website": "example.org"},
+    {"write_access_allowed": {}},
+    {"passport_data": {}},
+    {"proximity_alert_triggered": {}},
+    {"boost_added": {"boost_count": 1}},
+    {"chat_background_set": {}},
+    {"forum_topic_created": {"name": "t"}, "message_thread_id": 5, "is_topic_message": True},
+    {"forum_topic_closed": {}},
+    {"general_forum_topic_hidden": {}},
+    {"video_chat_started": {}},
+    {"video_chat_ended": {"duration": 5}},
+    {"web_app_data": {"data": "x", "button_text": "y"}},
+    {"checklist_tasks_done": {}},
+    {"direct_message_price_changed": {}},
+    {"service_of_2027": {"text": "x"}},
+]
+
+
+@pytest.mark.parametrize("chat_type", ["private", "group", "supergroup", "channel"])
+def test_what_is_no_text_and_no_media_is_silence(http, telegram, bot_api, caplog, chat_type):
+    for content in UNKNOWN_CONTENT + SERVICE:
+        assert say(telegram, bot_api, 7, chat_type=chat_type, **content) == [], content
+    assert caplog.text == "" and not count("heard")
+    # And a group has not used up its one answer.
+    answers = {"private": factoryapp.NOT_LINKED, "channel": None}
+    said = say(telegram, bot_api, 7, "hello", chat_type=chat_type)
+    assert said == [
+        answer for answer in [answers.get(chat_type, factoryapp.PRIVATE_ONLY)] if answer
     ]
-    assert say(telegram, bot_api, -200, token, chat_type="channel", kind="channel_post") == []
-    assert "успешно привязаны" in say(telegram, bot_api, 7, token)[0]
 
 
-def test_odd_update_is_tried_three_times_then_skipped(http, telegram, bot_api, caplog):
+MEDIA = {
+    "animation": {"file_id": "a"},
+    "audio": {"file_id": "a"},
+    "contact": {"phone_number": "1"},
+    "dice": {"value": 6},
+    "document": {"file_id": "a"},
+    "location": {"latitude": 0},
+    "paid_media": {"star_count": 1},
+    "photo": [{"file_id": "a"}],
+    "poll": {"question": "of an older server?"},
+    "sticker": {"emoji": "👍"},
+    "story": {"id": 1},
+    "venue": {"title": "t"},
+    "video": {"file_id": "a", "qualities_of_2027": []},
+    "video_note": {"file_id": "a"},
+    "voice": {"file_id": "a"},
+}
+
+
+def test_media_is_answered_that_the_bot_reads_text_only(http, telegram, bot_api, clock, linked):
+    for kind, value in MEDIA.items():
+        clock.move(6)
+        for content in ({}, {"caption": "/stop"}):
+            said = say(telegram, bot_api, 7, **{kind: value}, **content)
+            assert said == ([] if content else [factoryapp.TEXT_ONLY]), kind
+    assert say(telegram, bot_api, 7, "x") == [own_copy("x")]
+
+
+@pytest.mark.parametrize("message_id", [{}, {"message_id": "x"}, {"message_id": 2**70}])
+def test_text_only_is_said_once_in_five_seconds_and_once_for_an_album(
+    http, telegram, bot_api, clock, linked, message_id
+):
+    def show(chat_id=7, **content):
+        return say(telegram, bot_api, chat_id, photo=[{}], **content, **message_id)
+
+    for n in range(10):
+        assert show(media_group_id="1") == [factoryapp.TEXT_ONLY][n:]
+    assert show() == show(media_group_id="2") == []
+    assert show(8) == [factoryapp.TEXT_ONLY]  # another chat
+    clock.move(5.1)
+    assert show(media_group_id="1") == []  # a slow photo of the same album
+    assert show(8, media_group_id="1") == [factoryapp.TEXT_ONLY]
+    assert show(media_group_id="3") == [factoryapp.TEXT_ONLY]
+    clock.move(4.9)
+    assert show() == []
+    clock.move(0.2)
+    assert show() == [factoryapp.TEXT_ONLY]
+    clock.move(-86_400)  # set back
+    assert show() == [factoryapp.TEXT_ONLY]
+    assert show() == []
+
+
+def reopen(telegram):
+    """What a restart forgets, is forgotten."""
+    telegram.__init__(BOT_TOKEN, factoryapp.apihelper.API_URL.partition("/bot")[0])
+    queues = factoryapp.list_queues(factoryapp.connection(), telegram.id)
+    factoryapp.turns.open(telegram.id, queues)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_message_under_two_update_ids_is_heard_once(http, telegram, bot_api, linked, restarts):
+    for text in ("x", "/start", "/help", "/nonsense", "TOKEN", "/start TOKEN", None, "/stop"):
+        text = text and text.replace("TOKEN", link_token(http, linked))
+        content = {} if text else {"photo": [{}]}
+        assert len(say(telegram, bot_api, 7, text, **content)) == 1, text
+        again = {"message_id": bot_api.message_id}
+        for update_id in (bot_api.next_update_id, bot_api.next_update_id + 500):
+            if restarts:
+                reopen(telegram)
+            bot_api.next_update_id = update_id
+            assert say(telegram, bot_api, 7, text, **again, **content) == [], text
+    assert stored_texts(http, linked) == ["x"]
+    assert len(say(telegram, bot_api, 8, "x", **again)) == 1  # in another chat it is another
+
+
+def test_messages_that_cannot_be_told_apart_are_all_heard(http, telegram, bot_api, linked):
+    for message_id in (None, "5", 2**70, 0, None):
+        assert say(telegram, bot_api, 7, "x", message_id=message_id) == [own_copy("x")]
+    assert say(telegram, bot_api, 7, "x") == say(telegram, bot_api, 7, "x") == [own_copy("x")]
+
+
+def test_what_was_heard_is_forgotten_when_no_update_can_name_it_any_more(
+    http, telegram, bot_api, clock, linked
+):
+    assert count("heard") == 1
+    clock.move(factoryapp.HEARD_SECONDS + 1)
+    say(telegram, bot_api, 7, "/help")
+    assert count("heard") == 1
+
+
+@pytest.mark.parametrize("chat_id", [7, 8])  # the second is not linked
+def test_edit_is_answered_once_and_never_run(http, telegram, bot_api, clock, linked, chat_id):
+    token, edits = link_token(http, linked), 0
+    for text in ("y", "/stop", "/help", "/start", "/nope", token, f"/start {token}", "x" * 5000):
+        clock.move(1)
+        say(telegram, bot_api, chat_id, "x")
+        message_id, edits = bot_api.message_id, edits + 1
+        assert say(telegram, bot_api, chat_id, text, edit=message_id) == [factoryapp.EDITED]
+        for later in (text, "z", "x", "/stop"):
+            assert say(telegram, bot_api, chat_id, later, edit=message_id) == [], text
+    assert stored_texts(http, linked) == ["x"] * (edits if chat_id == 7 else 0)
+    assert say(telegram, bot_api, 7, "/start") == [factoryapp.LINKED_TO.format(username="alice")]
+    assert say(telegram, bot_api, 8, token) == [factoryapp.LINKED.format(username="alice")]
+
+
+SILENT_EDITS = [
+    {"text": "x"},
+    {"text": "x", "entities": [{"type": "bold", "offset": 0, "length": 1}]},
+    {"text": "x", "link_preview_options": {"is_disabled": True}},
+    {"text": "x", "reactions_of_2027": [{}]},
+    {"text": "/stop", "edit": 4000},
+    {"text": "/help", "edit": 2**70},
+    {"text": "y", "edit": "5001"},
+    {"text": "y", "edit": 0},
+    {"text": "y", "message_id": None},
+    {"text": ""},
+    {"text": 5},
+    {"photo": [{}], "caption": "y"},
+    {"location": {"latitude": 1, "live_period": 60}},
+    {"poll": {"question": "?", "is_closed": True}},
+    {"checklist": {"title": "t"}},
+    {},
+]
+
+
+def test_edit_that_changes_no_text_or_of_what_was_never_heard_is_silence(
+    http, telegram, bot_api, linked, caplog
+):
+    say(telegram, bot_api, 7, "x")
+    for content in SILENT_EDITS:
+        said = say(telegram, bot_api, 7, **{"edit": bot_api.message_id, **content})
+        assert said == [], content
+    assert stored_texts(http, linked) == ["x"] and caplog.text == ""
+
+
+def test_edit_of_media_is_silence(http, telegram, bot_api, linked):
+    assert say(telegram, bot_api, 7, photo=[{}], caption="x") == [factoryapp.TEXT_ONLY]
+    for content in ({"caption": "y", "photo": [{}]}, {"video": {}}, {"text": "y"}):
+        assert say(telegram, bot_api, 7, edit=bot_api.message_id, **content) == []
+
+
+def test_edit_in_a_group_or_channel_is_silence(http, telegram, bot_api):
+    for chat_id, chat_type, kind in (
+        (-1, "group", "message"),
+        (-2, "supergroup", "message"),
+        (-3, "channel", "channel_post"),
+    ):
+        say(telegram, bot_api, chat_id, "x", chat_type=chat_type, kind=kind)
+        sent = len(bot_api.sent)
+        for chat in (chat_id, chat_id - 100):  # that was told, and that was not
+            for text, message_id in (("y", bot_api.message_id), ("/stop", 4000)):
+                for content in ({"text": text}, {"caption": text, "photo": [{}]}):
+                    where = {"chat_type": chat_type, "kind": kind, "edit": message_id}
+                    assert say(telegram, bot_api, chat, **where, **content) == []
+        assert len(bot_api.sent) == sent
+
+
+FORWARDED = [
+    {"forward_origin": {"type": "user", "date": 1, "sender_user": SOMEBODY}},
+    {"forward_origin": {"type": "hidden_user", "date": 1, "sender_user_name": "Carol"}},
+    {"forward_origin": {"type": "chat", "date": 1, "sender_chat": {"id": -5}}},
+    {"forward_origin": {"type": "channel", "date": 1, "chat": {"id": -5}, "message_id": 1}},
+    {"forward_origin": {"type": "new_kind", "date": 1}},
+    {"forward_date": 1, "forward_from": SOMEBODY},
+    {"forward_date": 1, "forward_sender_name": "Carol"},
+    {"forward_date": 1, "forward_from_chat": {"id": -5}, "forward_from_message_id": 1},
+]
+
+
+def test_what_was_forwarded_is_a_message_and_never_a_command_or_token(
+    http, telegram, bot_api, clock, linked
+):
+    bobs = link_token(http, join(http, "bob"))
+    texts = ["/stop", "/help", "/start", "/x", bobs, f"/start {bobs}", "hello"]
+    for content in FORWARDED:
+        clock.move(1)
+        for text in texts:
+            assert say(telegram, bot_api, 7, text, **content) == [own_copy(text)], content
+            assert say(telegram, bot_api, 9, text, **content) == [factoryapp.NOT_LINKED]
+    assert stored_texts(http, linked) == texts * len(FORWARDED)
+    assert say(telegram, bot_api, 9, bobs) == [factoryapp.LINKED.format(username="bob")]
+
+
+def test_chat_in_the_terminal_changes_hands_only_after_stop(start):
+    program = start()
+    token, bobs = (link_token(program.http, join(program.http, name)) for name in ("alice", "bob"))
+    program.type(token)
+    program.wait_for("аккаунт alice успешно привязаны")
+    for text in (bobs, f"/start {bobs}"):
+        program.said = ""
+        program.type(text)
+        program.wait_for(re.escape(factoryapp.STOP_FIRST.format(username="alice")))
+    program.type("/stop")
+    program.wait_for("Чат отвязан от аккаунта alice")
+    program.type(bobs)  # it was not spent
+    program.wait_for("аккаунт bob успешно привязаны")
+
+
+@pytest.mark.parametrize("chat_id", [7, 8])
+def test_token_of_a_link_pressed_again_says_whose_the_chat_is_only_where_it_linked(
+    http, telegram, bot_api, chat_id
+):
     headers = join(http, "alice")
-    bot_api.push({"message": {"message_id": "?", "chat": "nonsense"}})
+    token = link_token(http, headers)
+    start = f"/start@factory_test_bot {token}"
+    link_chat(http, telegram, bot_api, join(http, "bob"), 8)
+    say(telegram, bot_api, 7, start)
+    answer = {7: factoryapp.LINKED_TO.format(username="alice"), 8: factoryapp.WRONG_TOKEN}
+    assert say(telegram, bot_api, chat_id, start) == [answer[chat_id]]
+    say(telegram, bot_api, chat_id, "/stop")
+    assert say(telegram, bot_api, chat_id, start) == [factoryapp.NOT_LINKED]
+    link_chat(http, telegram, bot_api, headers, chat_id)  # with another token
+    assert say(telegram, bot_api, chat_id, start) == [factoryapp.WRONG_TOKEN]
+
+
+def link(offset, length, url):
+    return {"type": "text_link", "offset": offset, "length": length, "url": url}
+
+
+SEEN = [
+    {"text": "TOKEN"},
+    {"text": "/start TOKEN"},
+    {"text": "/start@factory_test_bot TOKEN"},
+    {"text": "мой токен: TOKEN!"},
+    {"text": "(TOKEN)\nи ещё TOKEN"},
+    {"text": "https://t.me/factory_test_bot?start=TOKEN&x=1"},
+    {"text": "_TOKEN_, -TOKEN-, token=-TOKEN"},
+    {"text": "жми", "entities": [link(0, 3, "https://t.me/factory_test_bot?start=TOKEN")]},
+    {"caption": "TOKEN", "photo": [{}]},
+    {"caption": "вот он: TOKEN.", "video_of_2027": {}},
+    {"caption": "жми", "caption_entities": [link(0, 3, "t.me/x?start=TOKEN")], "voice": {}},
+    {"text": "TOKEN", "edit": 17},
+    {"caption": "TOKEN", "edit": 17, "document": {}},
+    {"text": "TOKEN", "forward_origin": {"type": "user", "date": 1}},
+]
+
+
+@pytest.mark.parametrize("chat_type", ["group", "supergroup", "channel"])
+def test_link_token_that_others_have_seen_is_dead(http, telegram, bot_api, clock, chat_type):
+    headers = join(http, "alice")
+    kind = "channel_post" if chat_type == "channel" else "message"
+    told = [] if chat_type == "channel" else [factoryapp.TOKEN_SEEN]
+    say(telegram, bot_api, -1, "hello", chat_type=chat_type, kind=kind)
+    for content in SEEN:
+        clock.move(1)
+        token = link_token(http, headers)
+        content = json.loads(json.dumps(content).replace("TOKEN", token))
+        for answer in (told, []):  # in a chat that was told already; and only once
+            said = say(telegram, bot_api, -1, chat_type=chat_type, kind=kind, **content)
+            assert said == answer, content
+        assert say(telegram, bot_api, 7, token) == [factoryapp.NOT_LINKED], content
+
+
+def test_group_that_shows_a_token_first_is_told_once(http, telegram, bot_api):
+    for _ in range(2):
+        token = link_token(http, join(http, secrets.token_hex(4)))
+        for answer in ([factoryapp.TOKEN_SEEN], []):
+            assert say(telegram, bot_api, -1, token, chat_type="supergroup") == answer
+
+
+def test_dead_or_foreign_token_in_a_group_is_a_text_like_any_other(http, telegram, bot_api):
+    old = link_token(http, headers := join(http, "alice"))
+    token = link_token(http, headers)
+    for text in (old, "x" * 43, token[:-1], token[1:], "x" * 4096):
+        say(telegram, bot_api, -1, text, chat_type="group")
+    assert bot_api.texts(-1) == [factoryapp.PRIVATE_ONLY]
+
+
+TOPICS = [
+    ({"message_thread_id": 5, "is_topic_message": True}, 5),
+    ({"message_thread_id": 5, "is_topic_message": True, "reply_to_message": REPLIED}, 5),
+    ({"message_thread_id": 5, "is_topic_message": True, "reply_to_message": None}, 5),
+    ({"message_thread_id": 9, "reply_to_message": REPLIED}, None),
+    ({"message_thread_id": 9, "reply_to_message": REPLIED, "is_topic_message": False}, None),
+    ({"message_thread_id": 9, "reply_to_message": REPLIED, "is_topic_message": "x"}, None),
+    ({"message_thread_id": "5", "is_topic_message": True}, None),
+    ({"message_thread_id": 2**70, "is_topic_message": True}, None),
+    ({"message_thread_id": True, "is_topic_message": True}, None),
+    ({"message_thread_id": 0, "is_topic_message": True}, None),
+    ({"is_topic_message": True, "reply_to_message": REPLIED}, None),
+    ({}, None),
+]
+
+
+def test_group_is_answered_in_the_topic_where_it_spoke(http, telegram, bot_api, clock):
+    headers = join(http, "alice")
+    for chat_id, (content, thread) in enumerate(TOPICS, -100):
+        clock.move(1)
+        bot_api.topics.add((chat_id, 5))
+        bot_api.write(chat_id, "hello", chat_type="supergroup", **content)
+        token = link_token(http, headers)
+        said = say(telegram, bot_api, chat_id, token, chat_type="supergroup", **content)
+        assert said == [factoryapp.PRIVATE_ONLY, factoryapp.TOKEN_SEEN], content
+        assert bot_api.threads[-2:] == [thread, thread], content
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_group_that_becomes_a_supergroup_is_told_once(http, telegram, bot_api, is_told):
+    for group, order in enumerate((("from",), ("to",), ("from", "to"), ("to", "from")), -9):
+        supergroup, told = group - 1000, [factoryapp.PRIVATE_ONLY]
+        if is_told:
+            assert say(telegram, bot_api, group, "x", chat_type="group") == told
+        for each in order:
+            chat_id, where = {
+                "from": (supergroup, {"chat_type": "supergroup", "migrate_from_chat_id": group}),
+                "to": (group, {"chat_type": "group", "migrate_to_chat_id": supergroup}),
+            }[each]
+            assert say(telegram, bot_api, chat_id, **where) == []
+        for answer in ([] if is_told else told, []):
+            assert say(telegram, bot_api, supergroup, "x", chat_type="supergroup") == answer, order
+
+
+def test_senseless_migration_of_a_group_is_none(http, telegram, bot_api, caplog):
+    say(telegram, bot_api, -1, "x", chat_type="group")
+    for chat_id, value in enumerate(["-1", 2**70, None, True, []], -9):
+        where = {"migrate_from_chat_id": value, "migrate_to_chat_id": value}
+        assert say(telegram, bot_api, -1, chat_type="group", **where) == []
+        said = say(telegram, bot_api, chat_id, "x", chat_type="supergroup", **where)
+        assert said == [factoryapp.PRIVATE_ONLY], value
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("kind", ["channel_post", "edited_channel_post", "message"])
+def test_in_a_channel_the_bot_is_silent(http, telegram, bot_api, kind):
+    contents = [{"text": text} for text in ("x", "/start", "/help", "/stop", "x" * 43)]
+    for content in (*contents, {"photo": [{}]}, {"caption": "x", "video": {}}, {"poll": {}}):
+        say(telegram, bot_api, -1, chat_type="channel", kind=kind, **content)
+        say(telegram, bot_api, -1, chat_type="new_kind", kind=kind, **content)
+    assert bot_api.sent == []
+
+
+URL = "https://example.org/a"
+
+
+LINKS = [
+    ("жми", [link(0, 3, URL)], f"жми ({URL})"),
+    ("жми сюда!", [link(4, 4, URL)], f"жми сюда ({URL})!"),
+    ("👍👍 жми сюда", [link(5, 3, URL)], f"👍👍 жми ({URL}) сюда"),
+    ("👨‍👩‍👧‍👦🇷🇺 жми 👍", [link(16, 3, URL)], f"👨‍👩‍👧‍👦🇷🇺 жми ({URL}) 👍"),
+    ("👍", [link(0, 2, URL)], f"👍 ({URL})"),
+    ("𝕏 é\nжми", [link(5, 3, URL)], f"𝕏 é\nжми ({URL})"),
+    (
+        "один, 👍два, три",
+        [link(0, 4, URL), link(6, 5, "http://b.org/?c=d"), link(13, 3, "tg://user?id=5")],
+        f"один ({URL}), 👍два (http://b.org/?c=d), три (tg://user?id=5)",
+    ),
+    ("a b", [link(2, 1, "http://b.org"), link(0, 1, URL)], f"a ({URL}) b (http://b.org)"),
+    ("a b", [link(0, 1, URL), link(2, 1, URL)], f"a ({URL}) b ({URL})"),
+    (
+        "жирно и жми",
+        [{"type": "bold", "offset": 0, "length": 11}, link(8, 3, URL)],
+        f"жирно и жми ({URL})",
+    ),
+    (
+        "вокруг жми тут",
+        [link(0, 14, "http://b.org"), link(7, 3, URL)],
+        f"вокруг жми ({URL}) тут (http://b.org)",
+    ),
+    (URL, [link(0, 21, URL)], URL),
+    ("example.org/a", [link(0, 13, URL)], "example.org/a"),
+    (URL, [link(0, 21, URL + "/")], URL),
+    ("example.org", [link(0, 11, "http://example.org/")], "example.org"),
+    ("example.org", [link(0, 11, URL)], f"example.org ({URL})"),
+    (
+        "bank.org",
+        [link(0, 8, "https://evil.org/?to=https://bank.org")],
+        "bank.org (https://evil.org/?to=https://bank.org)",
+    ),
+    ("a", [link(0, 1, "https://b.org/\ud800\0")], "a (https://b.org/?)"),
+    (URL, [{"type": "url", "offset": 0, "length": 21}], URL),
+    *(
+        ("жми сюда", [entity], "жми сюда")
+        for entity in (
+            link(0, 9, URL),
+            link(8, 1, URL),
+            link(2**62, 2**62, URL),
+            link(2**70, 1, URL),
+            link(0, 2**70, URL),
+            link(-3, 6, URL),
+            link(4, -1, URL),
+            link(4, 0, URL),
+            link("0", 3, URL),
+            link(None, 3, URL),
+            link(0.0, 3, URL),
+            link(True, 3, URL),
+            link(4, None, URL),
+            link(0, "3", URL),
+            link(0, 3, None),
+            link(0, 3, ""),
+            link(0, 3, [URL]),
+            {"type": "text_link", "url": URL},
+            [URL, 0, 3],
+            URL,
+        )
+    ),
+]
+
+
+def test_address_of_a_link_stands_behind_its_words_unless_it_shows(
+    http, telegram, bot_api, clock, linked
+):
+    for text, entities, stored in LINKS:
+        clock.move(1)
+        [said] = say(telegram, bot_api, 7, text, entities=entities)
+        assert said == own_copy(stored)
+    assert stored_texts(http, linked) == [stored for _, _, stored in LINKS]
+
+
+def test_link_that_ends_inside_a_character_loses_nothing(http, telegram, bot_api, linked):
+    [said] = say(telegram, bot_api, 7, "👍x", entities=[link(0, 1, URL)])
+    assert said.replace(f" ({URL})", "") in (own_copy("👍x"), own_copy("👍x").replace("\n\n", "\n"))
+
+
+def test_text_that_is_too_long_with_its_addresses_is_refused(http, telegram, bot_api, linked):
+    entities = [link(2 * n, 1, f"{URL}/{n}" + "x" * 900) for n in range(20)]
+    assert say(telegram, bot_api, 7, "a " * 40, entities=entities) == [factoryapp.TOO_LONG]
+    assert stored_texts(http, linked) == []
+
+
+def quoted(text, who=BOT_ID, **fields):
+    """What a reply carries of the message that it answers."""
+    replied = {"message_id": 900, "date": 0, "chat": PRIVATE, "text": text, **fields}
+    return {"reply_to_message": {**replied, "from": {"id": who, "first_name": "x"}}}
+
+
+def test_reply_to_a_copy_whose_send_timed_out_goes_to_its_author(
+    http, telegram, bot_api, clock, linked
+):
+    bot_api.hung_up.set()  # what is lost is so at once
+    bot_api.failures[7].append("lost")
+    post(http, join(http, "bob"), "привет", recipient="alice")
+    deliver_all(telegram)
+    clock.move(2)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == ["Сообщение от bob:\n\nпривет"] * 2
+    for copy in (1, 2):  # relayed knows the second
+        [said] = say(telegram, bot_api, 7, "ответ", reply_to=copy)[:1]
+        assert said == factoryapp.OWN_COPY_FOR.format(
+            username="alice", recipient="bob", text="ответ"
+        )
+    senders = [(m["sender"], m["recipient"]) for m in list_messages(http, linked)]
+    assert senders == [("bob", "alice"), ("alice", "bob"), ("alice", "bob")]
+
+
+HEADERS = [
+    ("Сообщение от NAME:\n\nпривет", "NAME"),
+    ("Сообщение от NAME:", "NAME"),  # what it said is nothing to Telegram
+    ("alice, я получил от тебя сообщение для NAME:", "NAME"),
+    ("Сообщение от NAME:\n\nСообщение от alice:\n\nпривет", "NAME"),
+    ("alice, я получил от тебя сообщение для NAME:\n\nпривет", "NAME"),
+    ("NAME (2/3):\n\nпривет", "NAME"),
+    ("NAME (12/12):\n\nalice (2/3):\n\nпривет", "NAME"),
+    ("NAME (2/3):\n\nСообщение от alice:\n\nпривет", "NAME"),
+    ("alice, я получил от тебя сообщение:\n\nпривет", "alice"),
+    ("alice, я получил от тебя сообщение:\n\nСообщение от NAME:\n\nпривет", "alice"),
+    ("alice (2/2):\n\nСообщение от NAME:\n\nпривет", "alice"),
+]
+
+
+def test_reply_to_what_the_bot_does_not_remember_goes_where_its_header_says(
+    http, telegram, bot_api, clock, linked
+):
+    for name in ("bob", "Иван.И+1@x-y_z", "я" * 150, "2"):
+        register(http, name)
+        for text, recipient in HEADERS:
+            clock.move(1)
+            said = say(telegram, bot_api, 7, "ответ", **quoted(text.replace("NAME", name)))
+            message = list_messages(http, linked)[-1]
+            assert message["recipient"] == recipient.replace("NAME", name), text
+            # The own copy; and that bob has no chat.
+            assert len(said) == (1 if recipient == "alice" else 2)
+
+
+BOTS_OWN_WORDS = [
+    "GREETING LINKED WRONG_TOKEN NOT_LINKED LINKED_TO STOP_FIRST TOKEN_SEEN UNLINKED HELP "
+    "UNKNOWN_COMMAND TOO_LONG TEXT_ONLY NO_CHAT EDITED UNKNOWN_REPLY PRIVATE_ONLY NOT_DELIVERED"
+][0].split()
+
+
+NOBODYS = [
+    "Сообщение от nobody:\n\nпривет",
+    "alice, я получил от тебя сообщение для nobody:\n\nпривет",
+    "nobody (2/3):\n\nпривет",
+    "Сообщение от bob",
+    "> Сообщение от bob:\n\nпривет",
+    "привет\nСообщение от bob:\n\nпривет",
+    "Сообщение от bob carol:\n\nпривет",
+    "bob (2/):\n\nпривет",
+    "",
+    None,
+    5,
+    ["Сообщение от bob:\n\nпривет"],
+    "\ud800\0",
+]
+
+
+def test_reply_to_what_is_nobodys_message_is_said_so_and_not_stored(
+    http, telegram, bot_api, clock, linked
+):
+    register(http, "bob")
+    own = [getattr(factoryapp, name).format(username="bob", count=3) for name in BOTS_OWN_WORDS]
+    for text in own + NOBODYS:
+        clock.move(1)
+        said = say(telegram, bot_api, 7, "ответ", **quoted(text))
+        assert said == [factoryapp.UNKNOWN_REPLY], text
+        assert say(telegram, bot_api, 7, "/help", **quoted(text)) == [factoryapp.HELP]
+    assert list_messages(http, linked) == []
+
+
+def test_reply_to_what_the_bot_said_itself_is_said_to_be_nobodys(http, telegram, bot_api, linked):
+    for text in ("/help", "/nonsense", "/start"):
+        say(telegram, bot_api, 7, text)
+        said = say(telegram, bot_api, 7, "ответ", reply_to=len(bot_api.sent))
+        assert said == [factoryapp.UNKNOWN_REPLY]
+    assert list_messages(http, linked) == []
+
+
+HEADED = "Сообщение от bob:\n\nпривет"
+
+
+NOT_THE_BOTS = [
+    quoted(HEADED, 7),
+    quoted(HEADED, 99),
+    quoted(HEADED, str(BOT_ID)),
+    quoted(HEADED, None),
+    quoted(HEADED, float(BOT_ID)),
+    quoted(HEADED, 2**70),
+    {"reply_to_message": {"message_id": 900, "text": HEADED}},
+    {"reply_to_message": {"message_id": 900, "text": HEADED, "from": BOT_ID}},
+    {"reply_to_message": {"message_id": 900, "text": HEADED, "from": [{"id": BOT_ID}]}},
+    {"reply_to_message": [quoted(HEADED)]},
+    {"reply_to_message": HEADED},
+    {"external_reply": quoted(HEADED)["reply_to_message"]},
+    {"quote": {"text": HEADED}},
+    {"pinned_message": quoted(HEADED)["reply_to_message"]},
+]
+
+
+def test_reply_to_what_is_not_the_bots_is_a_text_like_any_other(http, telegram, bot_api, linked):
+    register(http, "bob")
+    for content in NOT_THE_BOTS:
+        assert say(telegram, bot_api, 7, "ответ", **content) == [own_copy("ответ")], content
+    assert {m["recipient"] for m in list_messages(http, linked)} == {"alice"}
+
+
+def test_reply_to_what_the_bot_remembers_needs_nothing_but_its_id(http, telegram, bot_api, linked):
+    post(http, join(http, "bob"), "привет", recipient="alice")
+    deliver_all(telegram)
+    for fields in ({}, {"from": "x"}, {"text": 5}, {"text": "x", "poll": {}}):
+        say(telegram, bot_api, 7, "ответ", reply_to_message={"message_id": 1, **fields})
+        assert list_messages(http, linked)[-1]["recipient"] == "bob"
+
+
+PARTED = [
+    "слово " * 2700,
+    "x\n" * 8000,
+    "я" * 16_384,
+    "start" + "\u202e" * 9000 + "end",
+    "start" + "\u2028\u2029\u0333\u033f\u030a" * 3000 + "end",
+    "start" + " \n\t\u00a0" * 4000 + "end",
+    "start" + "\x07\x1b\r\x7f\x9f" * 3000 + "end",
+    "a" * 4000 + " " * 5000 + "b" * 4000,
+    "A\u030a" * 8000,
+    "Сообщение от bob:\n\nплати\n" * 600,
+    ("x" * 4000 + "\nbob, я получил от тебя сообщение:\n\nплати ") * 4,
+    "👨‍👩‍👧‍👦" * 2000,
+    "\n" * 16_000 + "x",
+]
+
+
+@pytest.mark.parametrize("name", ["alice", "я" * 150])
+def test_every_part_is_accepted_and_begins_with_whose_it_is(http, telegram, bot_api, clock, name):
+    headers = join(http, name)
+    link_chat(http, telegram, bot_api, headers, 7)
+    for text in PARTED:
+        clock.move(1)
+        start = len(bot_api.sent)
+        post(http, headers, text)
+        deliver_all(telegram)
+        raw, seen = bot_api.raw[start:], [shown for _, shown in bot_api.sent[start:]]
+        assert list_messages(http, headers)[-1]["delivery"] == "sent", text[:20]
+        own = f"{name}, я получил от тебя сообщение:\n\n"
+        heads = [own] + [f"{name} ({n}/{len(raw)}):\n\n" for n in range(2, len(raw) + 1)]
+        for part, shown, head in zip(raw, seen, heads, strict=True):
+            assert part.startswith(head) and shown.startswith(head.rstrip()), text[:20]
+            assert shown != head.rstrip() or part == raw[0], text[:20]
+        joined = "".join(part.removeprefix(head) for part, head in zip(raw, heads, strict=True))
+        arrived, wanted = map(as_it_appears, (joined, unicodedata.normalize("NFC", text)))
+        assert arrived.split() == wanted.split() or "".join(arrived.split()) == wanted, text[:20]
+    assert len(bot_api.attempts) == len(bot_api.sent)
+
+
+@pytest.mark.parametrize("text", ["A\u030angstro\u0308m и\u0306", "Ångström й"])
+def test_accented_letters_arrive_whole_and_are_stored_as_written(
+    http, telegram, bot_api, linked, text
+):
+    post(http, linked, text)
+    say(telegram, bot_api, 7, text)
+    assert bot_api.texts(7) == [own_copy("Ångström й")] * 2
+    assert stored_texts(http, linked) == [text] * 2
+
+
+SECRET = BOT_TOKEN.split(":")[1]
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 429, 500, 401, 409, SECRET, None])
+def test_token_of_the_bot_enters_no_log_and_no_row_whatever_an_answer_quotes(
+    http, telegram, bot_api, clock, linked, caplog, capsys, code
+):
+    caplog.set_level("DEBUG", "factoryapp")
+    quotes = [
+        f"Bad Request: {bot_api.url}/bot{BOT_TOKEN}/sendMessage",
+        f"{SECRET} and {BOT_TOKEN}: chat not found",
+        f"4242%3A{SECRET}\n{SECRET}\ud800",
+        {"url": [f"/bot{BOT_TOKEN}"]},
+        [BOT_TOKEN],
+        f"webhook at {BOT_TOKEN}",
+    ]
+    for description in quotes:
+        failure = {"error_code": code, "description": description, "parameters": {SECRET: SECRET}}
+        clock.move(1000)
+        link_chat(http, telegram, bot_api, headers := log_in(http, "alice"), 7)
+        bot_api.failures[7].append(failure)
+        post(http, headers, "x")
+        deliver_all(telegram)
+        for method in ("getMe", "setMyCommands", "getUpdates"):
+            bot_api.failures[method].append(failure)
+        for _ in range(2):
+            telegram.run(StopAtFirstPause())
+        assert not any(bot_api.failures.values())
+    rows = "\n".join(factoryapp.connection().iterdump())
+    assert "failed" in caplog.text + rows and "…" in caplog.text + rows
+    assert not any(SECRET in said for said in (caplog.text, rows, *capsys.readouterr()))
+
+
+def test_update_that_fails_is_tried_three_times_then_skipped(
+    http, telegram, bot_api, caplog, monkeypatch
+):
+    headers, real = join(http, "alice"), factoryapp.converse
+
+    def fail_at_first(db, chat, *args):
+        if chat == (BOT_ID, 6):
+            raise KeyError(bot_api.updates)  # which has the text
+        return real(db, chat, *args)
+
+    monkeypatch.setattr(factoryapp, "converse", fail_at_first)
+    bot_api.write(6, "a secret")
     bot_api.push({"some_new_kind": {}})
     assert "успешно привязаны" in say(telegram, bot_api, 7, link_token(http, headers))[0]
     assert [r.message for r in caplog.records if "try" in r.message] == [
         f"update 100 failed, try {n} of 3" for n in (1, 2, 3)
     ]
-    assert "update 100 is skipped" in caplog.text
+    assert "update 100 is skipped" in caplog.text and "a secret" not in caplog.text
     assert factoryapp.find_bot(factoryapp.connection(), BOT_ID)["next_update_id"] == 103
 
 
@@ -1374,6 +2982,148 @@ def test_polling_waits_as_long_as_telegram_tells_it_to(telegram, bot_api):
     stop = StopAtFirstPause()
     telegram.run(stop)
     assert stop.seconds == pytest.approx(9, abs=1)
+
+
+@pytest.mark.parametrize("retry_after", [10_072, 10**10, 9e18])
+def test_polling_outlives_the_longest_pause(telegram, bot_api, monkeypatch, retry_after):
+    bot_api.failures["getUpdates"].append(too_many_requests(retry_after))
+    pauses, real = [], threading.Event.wait
+
+    class Stop(threading.Event):
+        def wait(self, seconds=None):
+            if seconds:
+                self.set()
+                pauses.append(seconds)
+            return real(self, seconds)
+
+    telegram.run(Stop())
+    assert pauses == [min(retry_after, threading.TIMEOUT_MAX)]
+
+
+@pytest.mark.parametrize("retry_after", [-1, "x", None, math.inf, math.nan, 1e300, True, [9]])
+def test_senseless_retry_after_leaves_polling_its_own_pause(telegram, bot_api, retry_after):
+    bot_api.failures["getUpdates"].append(too_many_requests(retry_after))
+    stop = StopAtFirstPause()
+    telegram.run(stop)
+    assert 1 <= stop.seconds <= 2
+
+
+@pytest.mark.parametrize("failure", ["drips", "drips from its first byte"])
+def test_updates_that_drip_do_not_deafen_the_bot(http, telegram, bot_api, monkeypatch, failure):
+    monkeypatch.setattr(factoryapp, "LONG_POLL_SECONDS", -4.6)  # 0.4 s in all
+    bot_api.failures["getUpdates"].append(failure)
+    bot_api.write(7, "/start")
+    started_at = time.monotonic()
+    with pytest.raises(factoryapp.TelegramError, match="cannot be reached"):
+        telegram.poll()
+    assert 0.3 < time.monotonic() - started_at < 2
+    telegram.poll()
+    deliver_all(telegram)
+    assert bot_api.texts(7) == [factoryapp.GREETING]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
+@pytest.mark.parametrize("failure", ["drips", "drips from its first byte"])
+def test_updates_that_drip_over_tls_do_not_deafen_the_bot(
+    telegram, bot_api, monkeypatch, tmp_path, failure
+):
+    pem = str(tmp_path / "pem")
+    make = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x"
+    )
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", pem, "-out", pem + ".crt"]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(pem + ".crt", pem)
+    bot_api.server.socket = context.wrap_socket(bot_api.server.socket, server_side=True)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", pem + ".crt")
+    url = bot_api.url.replace("http:", "https:") + "/bot{0}/{1}"
+    monkeypatch.setattr(factoryapp.apihelper, "API_URL", url)
+    monkeypatch.setattr(factoryapp, "LONG_POLL_SECONDS", -4.6)
+    bot_api.failures["getUpdates"].append(failure)
+    started_at = time.monotonic()
+    with pytest.raises(factoryapp.TelegramError, match="cannot be reached"):
+        telegram.poll()
+    assert 0.3 < time.monotonic() - started_at < 2
+    telegram.poll()
+
+
+def test_proxy_that_drips_does_not_deafen_the_bot(telegram, bot_api, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", bot_api.url)
+    monkeypatch.setattr(factoryapp.apihelper, "API_URL", "https://telegram.test/bot{0}/{1}")
+    monkeypatch.setattr(factoryapp, "LONG_POLL_SECONDS", -4.6)
+    started_at = time.monotonic()
+    with pytest.raises(factoryapp.TelegramError, match="cannot be reached"):
+        telegram.poll()
+    assert 0.3 < time.monotonic() - started_at < 2
+
+
+class StopAtPause(threading.Event):
+    """A stop event that is set once somebody would have had to wait for it so many times."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.pauses = count, []
+
+    def wait(self, seconds=None):
+        if seconds:
+            self.pauses.append(seconds)
+        if len(self.pauses) == self.count:
+            self.set()
+        return self.is_set()
+
+
+@pytest.mark.parametrize(
+    "env, hint",
+    [
+        ({"REQUESTS_CA_BUNDLE": "/nonexistent"}, "OSError: is REQUESTS_CA_BUNDLE"),
+        ({"CURL_CA_BUNDLE": "/nonexistent"}, "CURL_CA_BUNDLE"),
+        ({"HTTPS_PROXY": "socks5h://127.0.0.1:9"}, "InvalidSchema: a SOCKS proxy needs"),
+        ({"ALL_PROXY": "socks4://127.0.0.1:9"}, "PySocks"),
+        ({"HTTPS_PROXY": "http://127.0.0.1:9"}, "ProxyError: is HTTPS_PROXY right"),
+        ({}, "SSLError: is the certificate"),
+    ],
+)
+def test_what_keeps_the_network_away_is_one_line_that_says_what_to_do(
+    http, telegram, bot_api, clock, monkeypatch, caplog, env, hint
+):
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    url = bot_api.url.replace("http:", "https:") + "/bot{0}/{1}"
+    monkeypatch.setattr(factoryapp.apihelper, "API_URL", url)
+    factoryapp.apihelper._get_req_session(reset=True)
+    caplog.set_level("WARNING")
+    stop = StopAtPause(6)
+    telegram.run(stop)
+    queue(7)
+    for attempts in range(6):
+        deliver_all(telegram)
+        clock.move(2**attempts * 0.49)
+        deliver_all(telegram)
+        clock.move(2**attempts * 0.52)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 12 and all(hint in line for line in lines)
+    assert not any(record.exc_info or "\n" in record.getMessage() for record in caplog.records)
+    assert all(min(30, 2**n) * 0.5 <= pause <= 30 for n, pause in enumerate(stop.pauses, 1))
+
+
+@pytest.mark.parametrize("error", ODD_EXCEPTIONS, ids=lambda error: type(error).__name__)
+def test_whatever_the_network_raises_polling_says_it_in_a_line_and_waits_longer_each_time(
+    http, telegram, bot_api, monkeypatch, caplog, error
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(factoryapp.apihelper.requests.Session, "request", fail)
+    caplog.set_level("WARNING")
+    stop = StopAtPause(5)
+    telegram.run(stop)
+    kind = type(error).__name__
+    assert len(caplog.records) == 5 and all(kind in r.getMessage() for r in caplog.records)
+    assert not any(record.exc_info for record in caplog.records)
+    assert all(min(30, 2**n) * 0.5 <= pause <= 30 for n, pause in enumerate(stop.pauses, 1))
 
 
 class StopAtFirstPause(threading.Event):
@@ -1440,6 +3190,9 @@ def test_page_allows_its_own_style_and_script_alone(http):
     policy = response.headers["Content-Security-Policy"]
     assert response.content_type == "text/html"
     assert "default-src 'none'" in policy and "unsafe" not in policy
+    # Nor may others frame it, move its links or send its forms elsewhere.
+    for rule in ("base-uri", "form-action", "frame-ancestors"):
+        assert f"{rule} 'none'" in policy
     for element in ("script", "style"):
         (text,) = re.findall(f"<{element}>(.*?)</{element}>", response.text, re.DOTALL)
         assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
@@ -1450,9 +3203,8 @@ def test_page_allows_its_own_style_and_script_alone(http):
     )
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
-def test_page_runs_in_a_browser(start, tmp_path):
-    program = start()
+def browse(url, folder):
+    """What a browser makes of a page after some seconds of its own time, and what it logs."""
     shown = subprocess.run(
         [
             "chromium",
@@ -1464,18 +3216,103 @@ def test_page_runs_in_a_browser(start, tmp_path):
             "--disable-sync",
             "--disable-background-networking",
             "--disable-component-update",
-            f"--user-data-dir={tmp_path / 'chromium'}",
+            f"--user-data-dir={folder / 'chromium'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--virtual-time-budget=2000",
             "--enable-logging=stderr",
             "--dump-dom",
-            program.url + "/",
+            url,
         ],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "Log in or register" in shown.stdout and 'href="openapi.json"' in shown.stdout
-    assert "Content Security Policy" not in shown.stderr and "Uncaught" not in shown.stderr
+    return shown.stdout, shown.stderr
+
+
+in_a_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+
+
+@in_a_browser
+def test_page_runs_in_a_browser(start, tmp_path):
+    page, log = browse(start().url + "/", tmp_path)
+    assert "Log in or register" in page and 'href="openapi.json"' in page
+    assert "Content Security Policy" not in log and "Uncaught" not in log
+
+
+# What somebody does in the page, who is in a hurry: each step as soon as the page is ready for it.
+VISIT = r"""
+const until = async (condition) => {
+    while (!condition()) await new Promise((resume) => setTimeout(resume, 20));
+};
+const signIn = (password, button) => {
+    $("sign-in").elements.username.value = "alice";
+    $("sign-in").elements.password.value = password;
+    $("sign-in").querySelector(button).click();
+};
+const text = '<b onclick="x">жирно</b>\n';
+const visit = async () => {
+    const seen = [], alert = $("sign-in").querySelector("[role=alert]");
+    const messages = () => [...$("messages").children];
+    signIn("short", "[name=register]");
+    await until(() => alert.textContent);
+    seen.push(alert.textContent);
+    signIn("S3cure-pass-91", "[name=register]");
+    await until(() => !$("signed-in").hidden && !$("telegram").elements.token.hidden);
+    $("telegram").elements.token.click();
+    await until(() => !$("link").hidden);
+    $("compose").elements.text.value = text;
+    const real = fetch;
+    window.fetch = async (...request) => {  // the first answer is lost on its way
+        window.fetch = real;
+        await real(...request);
+        throw new TypeError("lost");
+    };
+    $("compose").requestSubmit();
+    await until(() => $("compose").querySelector("[role=alert]").textContent);
+    $("compose").requestSubmit();
+    await until(() => messages().length && !$("compose").elements.text.value);
+    seen.push($("me").textContent, messages()[0].querySelector(".text").textContent === text);
+    seen.push(messages()[0].querySelector(".delivery").textContent);
+    session.access = "too old";
+    await watch();
+    seen.push($("trouble").textContent, messages().length);
+    $("session").requestSubmit();
+    await until(() => !$("sign-in").hidden);
+    seen.push(messages().length, $("link").querySelector("code").textContent);
+    seen.push($("sign-in").elements.password.value);
+    signIn("wrong-password", ".main");
+    await until(() => alert.textContent);
+    seen.push(alert.textContent);
+    document.title = JSON.stringify(seen);
+};
+visit();
+"""
+
+
+@in_a_browser
+def test_page_takes_a_visitor_from_registration_to_logout(http, monkeypatch, tmp_path):
+    monkeypatch.setattr(factoryapp, "PAGE", f"{factoryapp.PAGE}<script>{VISIT}</script>")
+    digest = base64.b64encode(hashlib.sha256(VISIT.encode()).digest()).decode()
+    name = "Content-Security-Policy"
+    policy = factoryapp.PAGE_HEADERS[name].replace("script-src", f"script-src 'sha256-{digest}'")
+    monkeypatch.setitem(factoryapp.PAGE_HEADERS, name, policy)
+    page, log = browse("http://{}:{}/".format(*http.address), tmp_path)
+    assert "Uncaught" not in log
+    assert json.loads(unescape(re.search("<title>(.*)</title>", page)[1])) == [
+        "password: This password is too short. It must contain at least 8 characters.",
+        "alice",
+        True,
+        "unlinked: no chat to send it to",
+        "",
+        1,
+        0,
+        "",
+        "",
+        "Wrong username or password.",
+    ]
+    headers = log_in(http, "alice")
+    assert [m["text"] for m in list_messages(http, headers)] == ['<b onclick="x">жирно</b>\n']
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -1607,6 +3444,17 @@ def test_wrong_method_while_the_database_fails_answers_json(http, monkeypatch):
     monkeypatch.setattr(factoryapp.settings, "db", "/nonexistent/factoryapp.db")
     answer = http.put("/api/messages/", headers=headers, status=503).json
     assert "Nothing was stored" in answer["detail"]
+
+
+def test_whoever_meets_a_failing_database_is_told_when_to_try_again(http, monkeypatch):
+    headers = join(http, "alice")
+    monkeypatch.setattr(factoryapp.settings, "db", "/nonexistent/factoryapp.db")
+    assert http.get("/api/users/", headers=headers, status=503).headers["Retry-After"] == "5"
+
+
+def test_fault_of_ours_leaves_its_traceback_in_the_log(http, caplog):
+    http.post_json("/api/messages/", {"text": BREAKS}, headers=join(http, "alice"), status=500)
+    assert "'/api/messages/' failed" in caplog.text and "IntegrityError" in caplog.text
 
 
 def test_path_without_its_slash_is_served(http):
@@ -2196,6 +4044,7 @@ def test_same_key_and_body_is_answered_the_same_and_stored_once(http, clock):
         {"text": "two"},
         {"text": "one", "recipient": "bob"},
         {"text": "one", "silent": True},
+        {"text": "one", "send_at": "2027-01-15T12:00:00Z"},
     ):
         refused = http.post_json("/api/messages/", other, headers={**alice, **key}, status=422)
         assert "another message" in refused.json["detail"]
@@ -2359,6 +4208,24 @@ def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, link
     assert http.get("/health/").json["bot"] == "terminal"
 
 
+def test_health_does_not_count_what_was_given_up(http, telegram, bot_api, linked):
+    bot_api.failures[7].append(BLOCKED)
+    post(http, linked, "one")
+    assert http.get("/health/").json["queued"] == 1
+    deliver_all(telegram)
+    assert http.get("/health/").json["queued"] == 0
+
+
+def test_health_has_what_was_to_be_sent_later_wait_since_then(http, telegram, clock, linked):
+    headers = log_in(http, "alice")
+    post(http, headers, "слово " * 800, send_at=factoryapp.iso(clock.seconds + 60))
+    clock.move(70)
+    for queued in (2, 1):  # parts
+        health = http.get("/health/").json
+        assert (health["queued"], health["oldest_queued_seconds"]) == (queued, 10)
+        factoryapp.deliver_next(telegram)
+
+
 def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path))
     answer = http.get("/health/", status=503).json
@@ -2412,6 +4279,29 @@ def test_openapi_names_every_route_and_the_address(http):
     for method, path in operations:
         assert f"`{method} {path.replace('{message_id}', 'ID')}`" in readme
     assert len(operations) == len(factoryapp.app.routes) == 16
+
+
+def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
+    junk = {"Authorization": "Bearer junk"}
+    for path, methods in http.get("/openapi.json").json["paths"].items():
+        for method, operation in methods.items():
+            security = operation.get("security", [{}])
+            for headers, is_allowed, answer in (
+                ({}, {} in security, NO_CREDENTIALS),
+                (junk, {"Bearer": []} not in security, not_for_any("Token is invalid")),
+            ):
+                url = path.replace("{message_id}", "1")
+                response = http.request(url, method=method.upper(), headers=headers, status="*")
+                assert (response.body != factoryapp.encode_json(answer)) == is_allowed, url
+            required = [p["name"] for p in operation["parameters"] if p["required"]]
+            assert required == re.findall(r"{(\w+)}", path)
+
+
+def test_openapi_believes_the_trusted_proxy_that_it_is_reached_by_https(http, monkeypatch):
+    monkeypatch.setattr(factoryapp.settings, "trusted_proxy", "127.0.0.1")
+    headers = {"Host": "factory.example", "X-Forwarded-Proto": "https"}
+    document = http.get("/openapi.json", headers=headers).json
+    assert document["servers"] == [{"url": "https://factory.example"}]
 
 
 def test_every_answer_is_in_the_openapi_document(http):
@@ -2706,6 +4596,37 @@ def test_pipelined_requests_do_not_wait_for_others_to_arrive(http):
     assert statuses(answer) == [401, 401, 404] and time.monotonic() - started_at < 1.5
 
 
+@contextmanager
+def connection_of_who_takes_no_answers(http, requests):
+    """A connection that asked for the page so often that the server waits for it to take some."""
+    with socket.create_connection(http.address, timeout=3) as sock:
+        sock.sendall(raw("GET", "/") * requests)
+        ends_at = time.monotonic() + 5
+        while not any(channel.is_kept for channel in http.server.active_channels.values()):
+            assert time.monotonic() < ends_at
+            http.get("/x", status=404)
+        yield sock
+
+
+def test_pipelined_requests_go_on_once_their_client_takes_the_answers(http):
+    with connection_of_who_takes_no_answers(http, 800) as sock:
+        answer = b""
+        while answer.count(b"HTTP/1.1 200 ") < 800:
+            answer += sock.recv(2**20)
+
+
+def test_connection_of_who_takes_no_answers_is_closed(http, monkeypatch):
+    real, ahead = time.time, [0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    with connection_of_who_takes_no_answers(http, 800):
+        ahead[0] = 40
+        http.get("/x", status=404)
+        ends_at = time.monotonic() + 5
+        while any(channel.is_kept for channel in http.server.active_channels.values()):
+            assert time.monotonic() < ends_at
+            http.get("/x", status=404)
+
+
 def test_request_behind_one_in_a_lane_is_answered_after_it_and_in_a_round(http, monkeypatch):
     headers, may_hash = join(http, "alice"), threading.Event()
     threads, real = note_threads(monkeypatch, factoryapp, "add_message"), factoryapp.hashlib.scrypt
@@ -2944,6 +4865,12 @@ def test_help_explains_every_setting():
         (["--host", ""], {}, "--host"),
         (["--trusted-proxy", "nginx"], {}, "--trusted-proxy"),
         (["--log-level", "loud"], {}, "--log-level"),
+        ([], {"FACTORYAPP_HOST": "256.1.1.1"}, "--host"),
+        ([], {"FACTORYAPP_DB": "data\x01.db"}, "FACTORYAPP_DB"),
+        ([], {"TELEGRAM_API_URL": "http://h\x7f", "TELEGRAM_BOT_TOKEN": BOT_TOKEN}, "_API_URL"),
+        (["--host", "h\n1"], {}, "host"),
+        ([], {"FACTORYAPP_TRUSTED_PROXY": "nginx"}, "--trusted-proxy"),
+        ([], {"FACTORYAPP_LOG_LEVEL": "loud"}, "--log-level"),
     ],
 )
 def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
@@ -2977,10 +4904,31 @@ def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
     assert not (tmp_path / "factoryapp.db").exists()
 
 
+def test_blanks_around_a_setting_do_not_count_and_an_empty_variable_is_none(start, bot_api):
+    env = {"TELEGRAM_BOT_TOKEN": f" {BOT_TOKEN}\n", "TELEGRAM_API_URL": bot_api.url + "\r"}
+    program = start(
+        FACTORYAPP_HOST=" ", FACTORYAPP_SECRET="", FACTORYAPP_LOG_LEVEL=" error\r", **env
+    )
+    program.wait_for("bot: @factory_test_bot on Telegram")
+
+
+def test_output_that_cannot_show_cyrillic_shows_the_rest(start):
+    program = start(PYTHONIOENCODING="ascii")
+    program.type("/start")
+    program.wait_for(r"\? API: GET /api/users/get-telegram-token/")
+
+
 def test_second_process_on_a_database_is_refused(start, tmp_path):
     start()
     code, _, error = run_program("--port", "0", "--db", str(tmp_path / "factoryapp.db"))
     assert code == 2 and "already running" in error and error.count("\n") == 1
+
+
+def test_second_process_on_a_database_by_another_name_is_refused(start, tmp_path):
+    start()
+    (tmp_path / "link.db").symlink_to(tmp_path / "factoryapp.db")
+    code, _, error = run_program("--port", "0", "--db", str(tmp_path / "link.db"))
+    assert code == 2 and "already running" in error
 
 
 def test_database_and_its_companions_are_for_their_owner_alone(start, tmp_path):
@@ -3540,12 +5488,19 @@ class Program:
 
 
 class BotApi:
-    """A small Bot API server on loopback: offsets, long polling, and failures on request."""
+    """A small Bot API server on loopback: offsets, long polling, and failures on request.
+
+    A text is stripped, trimmed, counted and refused as Telegram's server does.
+    """
 
     def __init__(self):
         self.updates, self.next_update_id = [], 100
-        self.sent = []  # (chat id, text) that it accepted, in order
+        self.message_id = 5000  # of what was last written to the bot
+        self.sent = []  # (chat id, text as it appears) that it accepted, in order
+        self.raw = []  # of each of these, its text as it came
         self.silent = []  # of each of these, whether it comes without a sound
+        self.threads = []  # of each of these, the topic that it is in, or None
+        self.topics = set()  # (chat id, message_thread_id) that there are
         self.attempts = []  # (time, chat id, text) that reached it, in order
         # Method or chat id: what the next calls get instead of an answer.
         self.failures = defaultdict(deque)
@@ -3602,29 +5557,55 @@ class BotApi:
             return self.updates[:100]
 
     def sendMessage(self, parameters):
-        chat_id, text = int(parameters["chat_id"]), parameters["text"]
-        assert 0 < len(text) <= 4096 and "parse_mode" not in parameters
+        chat_id, raw = int(parameters["chat_id"]), parameters["text"]
+        thread_id = int(parameters["message_thread_id"]) if "message_thread_id" in parameters else 0
+        assert "parse_mode" not in parameters
         assert json.loads(parameters["link_preview_options"]) == {"is_disabled": True}
+        if len(raw) > 4096:
+            raise Refused(TOO_LONG)
+        if not (text := as_it_appears(raw)):
+            raise Refused(EMPTY)
+        if thread_id and (chat_id, thread_id) not in self.topics:
+            raise Refused(NO_THREAD)
         with self.changed:
             self.sent.append((chat_id, text))
+            self.raw.append(raw)
             self.silent.append(parameters.get("disable_notification") == "True")
+            self.threads.append(thread_id or None)
             self.changed.notify_all()
             chat = {"id": chat_id, "type": "private"}
             return {"message_id": len(self.sent), "date": 0, "chat": chat, "text": text}
 
     def write(
-        self, chat_id, text=None, reply_to=None, chat_type="private", kind="message", **content
+        self,
+        chat_id,
+        text=None,
+        reply_to=None,
+        chat_type="private",
+        kind="message",
+        edit=None,
+        **content,
     ):
-        """Somebody writes to the bot in Telegram."""
+        """Somebody writes to the bot in Telegram, or edits the message of the id `edit`.
+
+        `content` are other fields of the message.
+        """
         chat = {"id": chat_id, "type": chat_type}
-        message = {"message_id": 5000, "date": 0, "chat": chat, **content}
+        if edit is None:
+            self.message_id += 1
+            message = {"message_id": self.message_id, "date": 0, "chat": chat, **content}
+        else:
+            kind = f"edited_{kind}"
+            message = {"message_id": edit, "date": 0, "edit_date": 1, "chat": chat, **content}
         if text is not None:
             message["text"] = text
         if chat_type == "private":
-            message["from"] = {"id": chat_id, "is_bot": False, "first_name": "Somebody"}
+            somebody = {"id": chat_id, "is_bot": False, "first_name": "Somebody"}
+            message.setdefault("from", somebody)
         if reply_to:
             message["reply_to_message"] = {"message_id": reply_to, "date": 0, "chat": chat}
-            message["reply_to_message"]["text"] = "…"
+            message["reply_to_message"]["from"] = {"id": BOT_ID, "is_bot": True}
+            message["reply_to_message"]["text"] = self.sent[reply_to - 1][1]
         self.push({kind: message})
 
     def push(self, update):
@@ -3644,6 +5625,16 @@ class BotApi:
     def wait_for_texts(self, chat_id, count=1, seconds=10):
         """Wait until the bot has said so much in a chat."""
         self.wait_for(lambda: len(self.texts(chat_id)) >= count, seconds)
+
+
+class Refused(Exception):
+    """What a server of Telegram's answers to a call that makes no sense."""
+
+
+def as_it_appears(text):
+    """A text as Telegram shows it."""
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]", "", text)
+    return text.replace("\t", " ").strip()
 
 
 class BotApiServer(ThreadingHTTPServer):
@@ -3688,12 +5679,19 @@ class BotApiHandler(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
+    def do_CONNECT(self):
+        """As a proxy would."""
+        self.drip("drips from its first byte")
+
     def answer_or_fail(self, method, parameters):
         bot_api = self.server.bot_api
         failure = bot_api.next_failure(method, parameters)
         time.sleep(bot_api.answer_seconds)
         if failure is None:
-            self.answer({"ok": True, "result": getattr(bot_api, method)(parameters)})
+            try:
+                self.answer({"ok": True, "result": getattr(bot_api, method)(parameters)})
+            except Refused as refusal:
+                self.refuse(*refusal.args)
         elif failure == "lost":  # it was sent, but nobody is told
             getattr(bot_api, method)(parameters)
             self.fail(3)
@@ -3701,7 +5699,9 @@ class BotApiHandler(BaseHTTPRequestHandler):
             self.fail(failure)
 
     def fail(self, failure):
-        if failure == "reset":
+        if failure in ("drips", "drips from its first byte"):
+            self.drip(failure)
+        elif failure == "reset":
             no_linger = b"\1\0\0\0\0\0\0\0"
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
             self.close_connection = True
@@ -3711,13 +5711,29 @@ class BotApiHandler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif isinstance(failure, bytes):
             self.answer(failure, 502)
+        elif isinstance(failure, tuple):  # a gateway's status and page
+            self.answer(failure[1], failure[0])
         elif isinstance(failure, list) or failure.get("ok"):
             self.answer(failure)
         else:
             self.refuse(failure)
 
+    def drip(self, failure):
+        """Answer byte by byte, so that no pause between two is long, and the whole is."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
+        self.close_connection = True
+        with suppress(OSError):
+            if failure == "drips":
+                self.wfile.write(head)
+                head = b""
+            for byte in (head + b" " * 9999)[:400]:
+                if self.server.bot_api.hung_up.wait(0.05):
+                    break
+                self.wfile.write(bytes([byte]))
+
     def refuse(self, failure):
-        self.answer({"ok": False, **failure}, failure.get("error_code", 200))
+        code = failure.get("error_code", 200)
+        self.answer({"ok": False, **failure}, code if isinstance(code, int) else 400)
 
     def answer(self, value, status=200):
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
