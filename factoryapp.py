@@ -3658,10 +3658,13 @@ class Channel(HTTPChannel):
         self.handle_write()
 
     def write_soon(self, data):
-        if self.held is None:
-            return super().write_soon(data)
-        self.held.append(data)
-        return len(data)
+        if self.held is not None:
+            self.held.append(data)
+            return len(data)
+        if not self.total_outbufs_len:
+            # From now on its client has to take it, however long it took to make.
+            self.last_activity = time.time()
+        return super().write_soon(data)
 
     def send_continue(self):
         if self.held is None:
