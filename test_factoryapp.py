@@ -1966,19 +1966,19 @@ def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkey
         else:
             bot_api.away = away
         durations = []
-        for n in range(20):
+        for n in range(12):
             started_at = time.monotonic()
             post(http, headers, str(n))
             durations.append(time.monotonic() - started_at)
-        time.sleep(0.4)
-        assert len(bot_api.sent) == 1 and sorted(durations)[10] < 0.1
+        time.sleep(0.3)
+        assert len(bot_api.sent) == 1 and sorted(durations)[6] < 0.1
         monkeypatch.setattr(factoryapp, "SEND_TIMEOUT_SECONDS", 15)
         bot_api.away = None
         monkeypatch.setattr(factoryapp.apihelper, "API_URL", bot_api.url + "/bot{0}/{1}")
-        bot_api.wait_for(lambda: len(bot_api.sent) == 21)
-    assert [text.split()[-1] for text in bot_api.texts(7)[1:]] == [str(n) for n in range(20)]
-    times = [at for at, _, _ in bot_api.attempts[-20:]]
-    assert all(b - a > 0.4 for a, b in zip(times, times[15:], strict=False))  # no storm
+        bot_api.wait_for(lambda: len(bot_api.sent) == 13)
+    assert [text.split()[-1] for text in bot_api.texts(7)[1:]] == [str(n) for n in range(12)]
+    times = [at for at, _, _ in bot_api.attempts[-12:]]
+    assert all(b - a > 0.3 for a, b in zip(times, times[10:], strict=False))  # no storm
 
 
 def test_backlog_does_not_wait_out_its_pauses_when_telegram_is_back(
@@ -5130,7 +5130,7 @@ class KillLoopWriter(threading.Thread):
 
 
 def test_nothing_acknowledged_is_lost_when_killed_under_load(start, bot_api):
-    kill_loop(start, bot_api, seconds=3)
+    kill_loop(start, bot_api, seconds=2)
 
 
 @pytest.mark.long
@@ -5257,7 +5257,7 @@ def load_with_readers(program, seconds):
 
 
 def test_write_ahead_log_stays_short_with_readers_present(start):
-    assert load_with_readers(start(), seconds=2) < 20_000_000
+    assert load_with_readers(start(), seconds=1) < 20_000_000
 
 
 @pytest.mark.long
