@@ -148,6 +148,7 @@ OPEN_FILES = 8192
 REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_CROWDED_SECONDS = 2  # the same, while all CONNECTIONS are in use
 MAX_UNTAKEN_BYTES = 256 * 1024**2  # of an answer, before a lane's thread waits for its client
+BUFFER_BYTES = 8 * 1024**2  # of an answer, that one of waitress's buffers gets
 MAX_PIPELINED_BYTES = 64 * 1024  # of answers not taken, before a client's next request is served
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
@@ -2557,7 +2558,7 @@ app = Bottle()
 app.uninstall(True)
 response.default_content_type = "application/json"
 
-# Refusals, in simplejwt's and Django REST framework's words (WIRE.md's order).
+# Refusals, in simplejwt's and Django REST framework's words.
 NAME_TAKEN = {"username": ["A user with that username already exists."]}
 REQUIRED = "This field is required."
 MAY_NOT_BE_NULL = "This field may not be null."
@@ -3664,6 +3665,9 @@ class Channel(HTTPChannel):
         if not self.total_outbufs_len:
             # From now on its client has to take it, however long it took to make.
             self.last_activity = time.time()
+        if self.current_outbuf_count > BUFFER_BYTES:
+            # A buffer keeps what was sent of it: this makes waitress begin a new one.
+            self.current_outbuf_count = self.adj.outbuf_high_watermark
         return super().write_soon(data)
 
     def send_continue(self):

@@ -4741,15 +4741,35 @@ def test_thirty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
     assert slowest < 2 and most < 200 and len(done) == 30
 
 
+def store_much(folder, count, length):
+    """Store so many messages of alice's, past the server."""
+    with closing(sqlite3.connect(folder / "factoryapp.db")) as db, db:
+        db.execute(
+            """
+            WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?)
+            INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
+            SELECT 1, 1, printf('%.*c', ?, 'x'), '2026-11-23T18:08:27Z', 'api', 'unlinked' FROM n
+            """,
+            (count, length),
+        )
+
+
+def test_memory_for_a_long_list_does_not_grow_with_it(start, tmp_path):
+    program = start()
+    headers = join(program.http, "alice")
+    store_much(tmp_path, 300_000, 100)
+    before, length = program.megabytes(), 0
+    with socket.create_connection(program.address) as sock:
+        sock.sendall(raw("GET", "/api/messages/", {**headers, "Connection": "close"}))
+        while chunk := sock.recv(2**20):
+            length += len(chunk)
+    assert length > 60_000_000 and program.megabytes("VmHWM") - before < 50
+
+
 def test_list_of_who_reads_slowly_holds_up_nobody(start, tmp_path):
     program = start()
     headers = join(program.http, "alice")
-    with closing(sqlite3.connect(tmp_path / "factoryapp.db")) as db, db:
-        db.execute("""
-            WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 1500)
-            INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
-            SELECT 1, 1, printf('%.16000c', 'x'), '2026-11-23T18:08:27Z', 'api', 'unlinked' FROM n
-            """)
+    store_much(tmp_path, 1500, 16_000)
     slow = []
     for _ in range(2 * factoryapp.PATIENT_THREADS):
         slow.append(socket.create_connection(program.address))
@@ -5482,12 +5502,12 @@ class Program:
     def log(self):
         return (self.folder / "log").read_text()
 
-    def megabytes(self):
-        """How much memory it takes, 0 where that cannot be known."""
+    def megabytes(self, what="VmRSS"):
+        """How much memory it takes, or took at most (VmHWM); 0 where that cannot be known."""
         status = Path(f"/proc/{self.process.pid}/status")
         if not status.exists():
             return 0
-        return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) / 1024
+        return int(re.search(rf"{what}:\s+(\d+)", status.read_text())[1]) / 1024
 
     def type(self, line):
         self.process.stdin.write(line.encode() + b"\n")
