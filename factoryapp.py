@@ -125,12 +125,13 @@ WAL_RESTART_MILLISECONDS = 100
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
 SENDERS = 64  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
-SENDS_BURST = 5  # at once, so that the network's jitter makes no second of more than that
+# At once: with more, the network's jitter would make a second of more than SENDS_PER_SECOND.
+SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
-SLOW_SECONDS = 60  # after a 429: its chat gets one message a second for so long
+SLOW_SECONDS = 60  # after a 429, in which its chat gets one message a second
 REFUSALS = 3  # in a row, of as many chats, after which all wait
 FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
 FAILING_SECONDS = 3600
@@ -146,7 +147,7 @@ PATIENT_THREADS = 4
 CONNECTIONS = 200
 OPEN_FILES = 8192
 REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
-REQUEST_CROWDED_SECONDS = 2  # the same, while all CONNECTIONS are in use
+REQUEST_CROWDED_SECONDS = 2  # to send a whole request, while all CONNECTIONS are in use
 MAX_UNTAKEN_BYTES = 256 * 1024**2  # of an answer, before a lane's thread waits for its client
 BUFFER_BYTES = 8 * 1024**2  # of an answer, that one of waitress's buffers gets
 MAX_PIPELINED_BYTES = 64 * 1024  # of answers not taken, before a client's next request is served
@@ -344,7 +345,8 @@ class Turns:
             self.due = {}  # chat: its Turn, unless somebody is sending to it
             # Heaps of turns, of which those count that `due` has.
             self.order = []
-            self.suspects = []  # a send to them has failed: they may hang again
+            # A send to these has failed: they may hang again.
+            self.suspects = []
             # chat: (why its turn came, the outbox row being sent to it, None before it is known)
             self.busy = {}
             self.queued = set()  # busy chats that something was queued for meanwhile
@@ -1639,7 +1641,8 @@ def put_off(home, delivery, reason, retry_after=None, is_missing=False):
         return Again(0, "failed")
     # What failed while Telegram was away says nothing.
     is_old = failing_since and max(failing_since, turns.back_at) <= now() - FAILING_SECONDS
-    others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]  # since the last try
+    # Since the last try of this one.
+    others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]
     if is_old and others_pass and delivery["attempts"] + 1 >= FAILURES_BEFORE_GIVING_UP:
         settle(give_up, reason, delivery["id"])
         return Again(0, "failed")
