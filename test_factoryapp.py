@@ -5490,10 +5490,10 @@ class Program:
 
     def wait_for(self, pattern, seconds=10):
         """Read what it prints until the pattern is there."""
-        ends_at = time.monotonic() + seconds
+        ends_at, output = time.monotonic() + seconds, select.poll()
+        output.register(self.process.stdout, select.POLLIN)
         while not (match := re.search(pattern, self.said)):
-            pause = max(0, ends_at - time.monotonic())
-            ready, _, _ = select.select([self.process.stdout], [], [], pause)
+            ready = output.poll(max(0, ends_at - time.monotonic()) * 1000)
             chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             assert chunk, f"no {pattern!r} in {self.said!r}"
             self.said += chunk.decode()
