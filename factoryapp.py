@@ -877,9 +877,10 @@ def find_link_token_user(db, token):
 
 def spend_link_token(db, token):
     """The token is dead from now on. True when it was alive."""
-    is_alive = find_link_token_user(db, token) is not None
-    db.run("DELETE FROM link_tokens WHERE token_hash = ?", hash_token(token))
-    return is_alive
+    spent = db.one(
+        "DELETE FROM link_tokens WHERE token_hash = ? RETURNING expires_at", hash_token(token)
+    )
+    return spent is not None and spent["expires_at"] > now()
 
 
 def find_bot(db, bot_id):
