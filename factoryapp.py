@@ -30,9 +30,15 @@ Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot t
 in the terminal.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    print("factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import base64
-import fcntl
+import codecs
 import hashlib
 import ipaddress
 import json
@@ -41,12 +47,11 @@ import math
 import os
 import random
 import re
-import resource
 import secrets
+import select
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 import unicodedata
@@ -55,9 +60,16 @@ from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+try:
+    import resource
+except ModuleNotFoundError:
+    # Windows has none, and needs none.
+    resource = None
 
 try:
     import jwt
@@ -105,6 +117,7 @@ MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
+MAX_FORM_FIELDS = 1000
 # JSON may spell one code point as 12 bytes: \ud83d\ude00
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096
 MAX_ID = 2**63 - 1  # SQLite's
@@ -153,6 +166,8 @@ BUFFER_BYTES = 8 * 1024**2  # of an answer, that one of waitress's buffers gets
 MAX_PIPELINED_BYTES = 64 * 1024  # of answers not taken, before a client's next request is served
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
+DESCRIPTION = "An HTTP API whose messages a Telegram bot repeats in linked chats."
+
 log = logging.getLogger("factoryapp")
 
 
@@ -162,7 +177,7 @@ class settings:
     db = "factoryapp.db"
     secret = None  # bytes, in place of the key in the database
     key = None  # bytes that sign the JWTs, known once the store is open
-    trusted_proxy = None  # address whose X-Forwarded-For is believed
+    trusted_proxies = ()  # networks whose X-Forwarded-… is believed
 
 
 def now():
@@ -597,8 +612,10 @@ def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
         local.db, local.path = connect("rw"), settings.db
-        # A commit is on disk when it returns.
+        # A commit is on disk when it returns: on macOS that takes the other two.
         local.db.execute("PRAGMA synchronous = FULL")
+        local.db.execute("PRAGMA fullfsync = ON")
+        local.db.execute("PRAGMA checkpoint_fullfsync = ON")
         local.db.execute("PRAGMA foreign_keys = ON")
         # See checkpoint().
         local.db.execute("PRAGMA wal_autocheckpoint = 0")
@@ -706,6 +723,33 @@ LADDER = {
 }
 
 
+def check_sqlite():
+    """Raise BadSetting where this Python's SQLite lacks what we need."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        options = [option for (option,) in db.execute("PRAGMA compile_options")]
+    found = f"is needed, and this Python has {sqlite3.sqlite_version}: use another Python."
+    if sqlite3.sqlite_version_info < (3, 37):
+        raise BadSetting(f"SQLite 3.37 or newer {found}")
+    if "OMIT_WAL" in options:
+        raise BadSetting(f"SQLite with write-ahead log (WAL) {found}")
+
+
+def cannot_be_used(error):
+    return BadSetting(
+        f"The database {settings.db} cannot be used ({error}). It needs a file and a folder that "
+        "can be read and written: name another with --db."
+    )
+
+
+def has_another_name():
+    """Whether the database goes by another name, beside which others would look for its log."""
+    # Spelled as proc_pid_mountinfo(5) has it.
+    path = os.fsencode(settings.db).replace(b"\\", rb"\134").replace(b" ", rb"\040")
+    mounts = Path("/proc/self/mountinfo")
+    is_mounted = mounts.exists() and b" %b " % path in mounts.read_bytes()
+    return is_mounted or os.stat(settings.db).st_nlink > 1
+
+
 def check_store():
     """The version of the database's schema, 0 when there is none yet. Touches nothing.
 
@@ -716,15 +760,19 @@ def check_store():
             return 0
         if not os.path.isfile(settings.db):
             raise BadSetting(f"The database {settings.db} is not a file: name another with --db.")
+        if has_another_name():
+            raise BadSetting(
+                f"The database {settings.db} has another name as well, by a hard link or by being "
+                "mounted alone, and what was written last lies beside one of them: mount the "
+                "folder, not the file, and remove other hard links."
+            )
         with closing(connect("ro")) as db:
             application_id, version, tables = db.one("""
                 SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
                 FROM pragma_application_id, pragma_user_version
                 """)
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(
-            f"The database {settings.db} cannot be used ({error}): name another file with --db."
-        ) from None
+        raise cannot_be_used(error) from None
     if tables and application_id != APPLICATION_ID:
         raise BadSetting(
             f"The database {settings.db} is another program's: name another file with --db."
@@ -752,22 +800,62 @@ def climb(db, script, version):
         db.execute("PRAGMA foreign_keys = ON")
 
 
+def make_private(path):
+    """Let nobody but its owner read the file. Raises BadSetting where that is somebody else."""
+    try:
+        os.chmod(path, 0o600)
+    except PermissionError:
+        raise BadSetting(
+            f"{path} belongs to another user: start as that one, or make it yours with chown."
+        ) from None
+
+
+def lock_database():
+    """Keep other processes off the database until the lock that this returns is closed.
+
+    The lock is a small database beside it, since SQLite can lock on every system. Raises
+    BadSetting when another process has it.
+    """
+    path = settings.db + ".lock"
+    try:
+        with open(path, "ab"):
+            make_private(path)
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+    except OSError as error:
+        raise cannot_be_used(error.strerror) from None
+    except sqlite3.Error as error:
+        if error.sqlite_errorname != "SQLITE_BUSY":
+            raise cannot_be_used(f"{path}: {error}") from None
+        raise BadSetting(
+            f"FactoryApp is already running on the database {settings.db}: end that one, or name "
+            "another file with --db."
+        ) from None
+    return lock
+
+
 def open_store():
     """Make the database, or bring it up to date. Raises BadSetting when that cannot be done."""
     version = check_store() or SCHEMA_VERSION
-    schema = Path(__file__).with_name("schema.sql")
+    # Through a symlink too.
+    schema = Path(__file__).resolve().with_name("schema.sql")
+    try:
+        script = schema.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise BadSetting(f"{schema} cannot be read ({error}): put it there again.") from None
     try:
         with open(settings.db, "ab"):
             for suffix in ("", "-wal", "-shm"):
                 if os.path.exists(settings.db + suffix):
-                    os.chmod(settings.db + suffix, 0o600)
+                    make_private(settings.db + suffix)
         opened.status = os.stat(settings.db)
         db = connection()
-        db.execute("PRAGMA journal_mode = WAL")
+        if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
+            raise sqlite3.OperationalError("its file system has no write-ahead log")
         for step in range(version, SCHEMA_VERSION):
             climb(db, LADDER[step], step + 1)
         db.executescript(
-            f"BEGIN IMMEDIATE; {schema.read_text('utf-8')} "
+            f"BEGIN IMMEDIATE; {script} "
             f"PRAGMA application_id = {APPLICATION_ID}; "
             f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
@@ -778,10 +866,7 @@ def open_store():
             )
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
     except (OSError, sqlite3.Error) as error:
-        raise BadSetting(
-            f"The database {settings.db} cannot be used ({error}): name a file that can be written "
-            "with --db."
-        ) from None
+        raise cannot_be_used(error) from None
 
 
 def add_user(db, username, password_hash):
@@ -1342,7 +1427,16 @@ def hash_with(salt, password, n, r, p):
 
 
 def hash_password(password):
-    return hash_with(new_salt(), password, **SCRYPT)
+    return hash_with(new_salt(), compose(password), **SCRYPT)
+
+
+def compose(password):
+    """The one spelling of a password, whatever keyboard it was typed on (RFC 8265, section 4.2).
+
+    What is longer than any password can be is left alone: NFC takes quadratic time.
+    """
+    is_short = len(password) <= 3 * MAX_PASSWORD
+    return unicodedata.normalize("NFC", password) if is_short else password
 
 
 def nobodys_hash():
@@ -1352,8 +1446,11 @@ def nobodys_hash():
 
 def password_matches(password, password_hash):
     _, n, r, p, salt, _ = password_hash.split("$")
-    found = hash_with(salt, password, int(n), int(r), int(p))
-    return secrets.compare_digest(found, password_hash)
+    # Older ones were hashed as they were typed.
+    return any(
+        secrets.compare_digest(hash_with(salt, spelling, int(n), int(r), int(p)), password_hash)
+        for spelling in dict.fromkeys((compose(password), password))
+    )
 
 
 class TokenError(Exception):
@@ -2367,7 +2464,7 @@ async function ask(method, path, body, headers) {
         send(method, path, body, {...headers, Authorization: `Bearer ${mine.access}`});
     const value = await attempt().catch(async (error) => {
         if (error.status !== 401) throw error;
-        mine.access = (await send("POST", "/auth/token/refresh/", {refresh: mine.refresh})).access;
+        mine.access = (await send("POST", "auth/token/refresh/", {refresh: mine.refresh})).access;
         return attempt();
     }).catch((error) => {
         if (error.status === 401 && session === mine)
@@ -2426,7 +2523,7 @@ function newItem({id, sender, recipient, text, created_at, source}) {
 
 async function listPeople() {
     // Without them, one types the whole name.
-    const people = await ask("GET", "/api/users/?limit=1000").catch(() => []);
+    const people = await ask("GET", "api/users/?limit=1000").catch(() => []);
     $("people").replaceChildren(...people.map(({username}) => new Option(username)));
 }
 
@@ -2436,13 +2533,13 @@ async function watch() {
     if (!mine || mine.isWatching || document.hidden) return;
     mine.isWatching = true;
     try {
-        showAccount(await ask("GET", "/api/users/me/"));
+        showAccount(await ask("GET", "api/users/me/"));
         const moving = [...$("messages").children].filter(
             (item) => !SETTLED[item.dataset.delivery]);
         const after = Math.min(mine.seen, ...moving.map((item) => item.dataset.id - 1));
         const range = mine.seen === undefined ? `before=9223372036854775807&limit=${SHOWN}`
             : `after=${after}&limit=${MOST}`;
-        const messages = await ask("GET", `/api/messages/?${range}`);
+        const messages = await ask("GET", `api/messages/?${range}`);
         showMessages(messages);
         mine.seen = Math.max(mine.seen || 0, ...messages.map((message) => message.id));
         write($("trouble"), "");
@@ -2475,8 +2572,8 @@ function onSubmit(id, act) {
 
 onSubmit("sign-in", async ({username, password}, button) => {
     const account = {username: username.value, password: password.value};
-    if (button === "register") await send("POST", "/api/users/register/", account);
-    session = await send("POST", "/auth/token/", account).catch((error) => {
+    if (button === "register") await send("POST", "api/users/register/", account);
+    session = await send("POST", "auth/token/", account).catch((error) => {
         throw error.status === 401 ? refusal(401, "Wrong username or password.") : error;
     });
     password.value = "";
@@ -2504,12 +2601,12 @@ function signOut(sentence) {
 onSubmit("session", async () => {
     const {refresh} = session;
     signOut("");
-    await send("POST", "/auth/token/blacklist/", {refresh});
+    await send("POST", "auth/token/blacklist/", {refresh});
 });
 
 onSubmit("telegram", async (fields, button) => {
-    if (button === "token") return showLink(await ask("GET", "/api/users/get-telegram-token/"));
-    await ask("POST", "/api/users/unlink-telegram/");
+    if (button === "token") return showLink(await ask("GET", "api/users/get-telegram-token/"));
+    await ask("POST", "api/users/unlink-telegram/");
     showAccount({...session, telegram_linked: false});
 });
 
@@ -2518,7 +2615,7 @@ onSubmit("compose", async ({recipient, text}) => {
     const words = JSON.stringify(body);
     if (posted.words !== words)
         posted = {words, key: crypto.getRandomValues(new Uint32Array(4)).join("-")};
-    showMessages([await ask("POST", "/api/messages/", body, {"Idempotency-Key": posted.key})]);
+    showMessages([await ask("POST", "api/messages/", body, {"Idempotency-Key": posted.key})]);
     posted = {};
     if (text.value === body.text) text.value = "";
     $("messages").scrollTop = $("messages").scrollHeight;
@@ -2697,8 +2794,12 @@ def serve_declared(route):
     said = declared(route)
 
     def serve(**values):
-        if said.lane:
-            leave_round(said.lane)
+        lane = said.lane
+        if said.body and media_type() == MULTIPART:
+            # Slow to read.
+            lane = lane or "patient"
+        if lane:
+            leave_round(lane)
         try:
             user = said.sign_in()
             if said.query:
@@ -2765,14 +2866,50 @@ def answer_wrong_method(error):
     return refusal(405, f'Method "{request.method}" not allowed.', Allow=allow)
 
 
+def read_address(text):
+    """The IP address that a proxy, or the socket, spells so. Raises ValueError.
+
+    "192.0.2.1:80", "[2001:db8::1]:443", either in quotes; "::ffff:192.0.2.1" is 192.0.2.1.
+    """
+    text = text.strip(' "')
+    with_port = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", text)
+    address = ipaddress.ip_address((with_port[1] or with_port[2]) if with_port else text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_trusted(address):
+    return any(read_address(address) in network for network in settings.trusted_proxies)
+
+
+def forwarded(name):
+    """Yield what a trusted proxy says in this header, X-Forwarded-…; of others nothing."""
+    if is_trusted(request.environ["REMOTE_ADDR"]):
+        for said in request.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(","):
+            if said := said.strip(' "'):
+                yield said
+
+
 def client_address():
-    """The client's IP address: the connection's or, from the trusted proxy, the one it names."""
-    peer = request.environ.get("REMOTE_ADDR", "")
-    forwarded = request.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")[-1].strip()
+    """The client's IP address: the connection's or, from a trusted proxy, the one it names.
+
+    Of several, the last that is not a trusted proxy's own: who says it is trusted.
+    """
+    address = request.environ["REMOTE_ADDR"]
     try:
-        return str(ipaddress.ip_address(forwarded)) if peer == settings.trusted_proxy else peer
+        for said in [address, *reversed([*forwarded("FOR")])]:
+            address = str(read_address(said))
+            if not is_trusted(address):
+                break
     except ValueError:
-        return peer
+        warn_of_unreadable_address()
+    return address
+
+
+@cache
+def warn_of_unreadable_address():
+    """Once is enough."""
+    said = request.environ.get("HTTP_X_FORWARDED_FOR")
+    log.warning(f"no address is in X-Forwarded-For: {said!r}; its clients count as one")
 
 
 def sign_in():
@@ -2879,21 +3016,22 @@ class NewPassword(Text):
             yield f"This password is too short. {least}"
         if text.isdigit():
             yield "This password is entirely numeric."
+        if "\ufffd" in text:
+            yield "This password holds U+FFFD, which stands for what could not be read: send UTF-8."
 
 
 class Flag:
-    """Yes or no; in a form, true or false."""
+    """Yes or no, in all of Django REST framework's spellings."""
 
     required = False
     schema = {"type": "boolean"}
-    words = {"true": True, "1": True, "false": False, "0": False}
+    yes, no = "true t yes y on 1 1.0".split(), "false f no n off 0 0.0".split()
 
     def read(self, value):
-        if isinstance(value, str):
-            value = self.words.get(value.lower())
-        if not isinstance(value, bool):
+        word = str(value).lower()
+        if word not in (*self.yes, *self.no):
             raise Refused("Must be a valid boolean.")
-        return value
+        return word in self.yes
 
 
 class Moment:
@@ -2904,13 +3042,15 @@ class Moment:
 
     required = False
     schema = {"type": "string", "format": "date-time"}
-    pattern = r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(:\d\d(\.\d{1,9})?)?([Zz]|[+-]\d\d:?\d\d)"
+    pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
 
     def read(self, value):
         try:
-            if not re.fullmatch(self.pattern, value):
+            if not (moment := re.fullmatch(self.pattern, value)):
                 raise ValueError
-            seconds = datetime.fromisoformat(value.upper()).timestamp()
+            # In a form, "+" arrives as a blank.
+            zone = moment[2].upper().replace(" ", "+")
+            seconds = datetime.fromisoformat(moment[1] + zone).timestamp()
         except (TypeError, ValueError, OverflowError):
             raise Refused(
                 "Datetime has wrong format. Use this format instead: "
@@ -2977,26 +3117,65 @@ def read_fields(fields, sent):
     return values
 
 
+MULTIPART = "multipart/form-data"
+
+
+def media_type():
+    """The media type of the request's body, without its parameters."""
+    return request.content_type.partition(";")[0].strip().lower()
+
+
+def read_charset():
+    """The body's charset where Python knows it, else UTF-8, as the original has it."""
+    given = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", request.content_type, re.IGNORECASE)
+    try:
+        name = codecs.lookup(given[1]).name if given else "utf-8"
+        b"".decode(name)
+    except LookupError:
+        return "utf-8"
+    # These are for host names, and take quadratic time.
+    return "utf-8" if name in ("idna", "punycode") else name
+
+
 def read_body(max_bytes):
     """The fields of the request's body, JSON or a form. Raises HTTPError 400, 413, 415."""
+    encoding = request.environ.get("HTTP_CONTENT_ENCODING", "").strip()
+    if encoding.lower() not in ("", "identity"):
+        detail = f'Unsupported content encoding "{encoding}" in request: send the body as it is.'
+        raise refusal(415, detail)
     if request.content_length > max_bytes:
         raise refusal(413, f"The request is too large: {max_bytes} bytes are the most.")
     if request.content_length <= 0:
         return {}
-    media_type = request.content_type.split(";")[0].strip().lower()
-    if media_type == "application/json":
+    if media_type() == "application/json":
         return read_json(request.body.read())
-    if media_type == "application/x-www-form-urlencoded":
-        text = request.body.read().decode("utf-8", "replace")
-        return Form(urllib.parse.parse_qsl(text, keep_blank_values=True))
-    if media_type == "multipart/form-data":
-        try:
+    try:
+        if media_type() == "application/x-www-form-urlencoded":
+            return read_form(request.body.read())
+        if media_type() == MULTIPART:
             return Form(request.POST)
-        except (HTTPError, ValueError, LookupError) as error:
-            log.info(f"multipart form refused: {error}")
-            detail = "Multipart form parse error - the body does not follow RFC 7578."
-            raise refusal(400, detail) from None
+    except ValueError as error:
+        raise refusal(400, f"Form parse error - {error}") from None
+    except (HTTPError, LookupError) as error:
+        log.info(f"multipart form refused: {error}")
+        detail = "Multipart form parse error - the body does not follow RFC 7578."
+        raise refusal(400, detail) from None
     raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
+
+
+def read_form(body):
+    """The fields of a form, or of the JSON object that curl's -d calls a form."""
+    if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        return read_json(body)
+    charset = read_charset()
+    pairs = urllib.parse.parse_qsl(
+        body.decode(charset),
+        keep_blank_values=True,
+        encoding=charset,
+        errors="strict",
+        max_num_fields=MAX_FORM_FIELDS,
+    )
+    return Form(pairs)
 
 
 def read_json(body):
@@ -3005,7 +3184,8 @@ def read_json(body):
     Raises HTTPError 400 in the words of Python's json, as the original does.
     """
     try:
-        value = json.loads(body.decode(), parse_constant=refuse_constant, parse_float=finite_float)
+        text = body.decode(read_charset()).removeprefix("\ufeff")
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite_float)
     except RecursionError:
         raise refusal(400, "JSON parse error - nested too deeply") from None
     except ValueError as error:
@@ -3060,7 +3240,8 @@ def end_page(listing, page, given):
     if len(end) == 2:
         (last,), (page[far_side],) = end
         query = urllib.parse.urlencode({**given, side: last})
-        response.set_header("Link", f'<{request.path}?{query}>; rel="next"')
+        # Relative: a proxy may serve us under a path of its own.
+        response.set_header("Link", f'<?{query}>; rel="next"')
 
 
 def stream_rows(listing, page):
@@ -3135,7 +3316,7 @@ USERNAME_FIELD = Text(
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
-TOKEN_FIELD = Text(example=A_JWT["example"])
+TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 
 
 @app.get("/")
@@ -3441,7 +3622,7 @@ def describe_api(address):
         "info": {
             "title": "FactoryApp",
             "version": "1.0.0",
-            "description": __doc__.splitlines()[0],
+            "description": DESCRIPTION,
         },
         "servers": [{"url": address}],
         "paths": paths,
@@ -3454,7 +3635,8 @@ def describe_route(route, path_names):
     said = declared(route)
     operation = {
         "operationId": route.__name__,
-        "summary": route.__doc__.split("\n")[0],
+        # `python -OO` takes the docstrings away.
+        "summary": (route.__doc__ or route.__name__.replace("_", " ")).split("\n")[0],
         "parameters": describe_parameters(said, path_names),
         "responses": describe_answers(said),
     }
@@ -3522,11 +3704,12 @@ def describe_answers(said):
 @answers(200, {"type": "object"})
 def show_openapi():
     """This description of the API, in OpenAPI 3.1."""
-    scheme = request.environ["wsgi.url_scheme"]
-    # From others than the proxy anybody might say https.
-    if request.environ.get("REMOTE_ADDR") == settings.trusted_proxy:
-        scheme = request.urlparts.scheme
-    return describe_api(f"{scheme}://{request.environ.get('HTTP_HOST', '')}")
+    environ = request.environ
+    # Of several, the one that the client's own proxy said.
+    scheme = next(forwarded("PROTO"), environ["wsgi.url_scheme"]).lower()
+    host = next(forwarded("HOST"), environ.get("HTTP_HOST", "localhost"))
+    prefix = next(forwarded("PREFIX"), "").strip("/")
+    return describe_api(f"{scheme}://{host}/{prefix}".rstrip("/"))
 
 
 # --- Server ---------------------------------------------------------------------------------------
@@ -3543,6 +3726,10 @@ def show_openapi():
 # requests[0] and calls add_task() and pull_trigger(), HTTPRequestParser's parts, wasyncore.poll2.
 # Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session, of
 # urllib3, which comes with it, on ConnectionCls. So requirements.txt names one version of each.
+
+
+# Windows has no poll(2).
+poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
 
 
 class JsonErrorTask(ErrorTask):
@@ -3603,7 +3790,11 @@ class TimedRequest(HTTPRequestParser):
         if is_header and b"\n\n" in (self.header_plus + data).partition(b"\r\n\r\n")[0]:
             self.error, self.completed = BadRequest("a line ends with CR LF"), True
             return len(data)
-        return super().received(data)
+        taken = super().received(data)
+        if self.completed:
+            # Refused, whole, or without a body: 100 would make us wait for more.
+            self.expect_continue = False
+        return taken
 
     def parse_header(self, header_plus):
         super().parse_header(header_plus)
@@ -3754,7 +3945,7 @@ class Server(TcpWSGIServer):
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         while not stop.is_set():
             # Reads what there is, sends what can be sent.
-            wasyncore.poll2(0 if self.arrived else 1, self._map)
+            poll(0 if self.arrived else 1, self._map)
             self.serve_round()
         for lane in self.lanes.values():
             lane.shutdown(timeout=STOP_SECONDS / 2)
@@ -3842,6 +4033,28 @@ def read_variable(name, default=None):
     return tidy_setting(name, os.environ.get(name, "")) or default
 
 
+def read_secret(name):
+    """A variable, or what the file holds that NAME_FILE names; None where neither is set."""
+    value, path = read_variable(name), read_variable(f"{name}_FILE")
+    if not path:
+        return value
+    try:
+        held = tidy_setting(path, Path(path).read_text("utf-8-sig", "surrogateescape"))
+    except OSError as error:
+        raise BadSetting(f"{name}_FILE names {path}, which cannot be read ({error}).") from None
+    if value or not held:
+        raise BadSetting(f"{name}_FILE names an empty file, or {name} is set too: mend one.")
+    return held
+
+
+def read_option(name, value):
+    """An option of the command line. Raises BadSetting where it is empty."""
+    value = tidy_setting(f"The {name}", value)
+    if not value:
+        raise BadSetting(f"The {name} is empty: give --{name} a value, or leave it out.")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadSetting(f"{message}. See --help.")
@@ -3850,7 +4063,7 @@ class Parser(argparse.ArgumentParser):
 def read_arguments(argv):
     """The command line, where the environment has not decided already. Raises BadSetting."""
     parser = Parser(
-        description="An HTTP API whose messages a Telegram bot repeats in linked chats.",
+        description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""environment:
   FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY,
@@ -3858,7 +4071,8 @@ def read_arguments(argv):
   TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
   TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
   FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start,
-                        kept in the database)""",
+                        kept in the database)
+  TELEGRAM_BOT_TOKEN_FILE, FACTORYAPP_SECRET_FILE  files that hold them instead""",
     )
     for name, default, explanation in (
         ("host", "127.0.0.1", "address to listen on (default 127.0.0.1)"),
@@ -3867,7 +4081,8 @@ def read_arguments(argv):
         (
             "trusted-proxy",
             None,
-            "address of a reverse proxy whose X-Forwarded-For is believed",
+            "addresses or networks of reverse proxies whose X-Forwarded-… is believed, with "
+            "commas between",
         ),
         (
             "log-level",
@@ -3879,37 +4094,30 @@ def read_arguments(argv):
     ):
         variable = "FACTORYAPP_" + name.upper().replace("-", "_")
         default = read_variable(variable, default)
-        parser.add_argument(f"--{name}", default=default, help=explanation)
-    arguments = parser.parse_args(argv)
-    check_arguments(arguments)
-    return arguments
+        parser.add_argument(
+            f"--{name}", type=partial(read_option, name), default=default, help=explanation
+        )
+    return parser.parse_args(argv)
 
 
 def check_arguments(arguments):
     """Bring what was given into its form. Raises BadSetting where that is not possible."""
-    for name, value in vars(arguments).items():
-        setattr(arguments, name, value and tidy_setting(f"The {name}", value))
-    if not arguments.log_level:
-        arguments.log_level = "info" if read_variable("TELEGRAM_BOT_TOKEN") else "warning"
     if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
         raise BadSetting(
             "The log level has to be debug, info, warning or error, not "
             f"{arguments.log_level!r}: change --log-level or FACTORYAPP_LOG_LEVEL."
         )
     try:
-        if proxy := arguments.trusted_proxy:
-            arguments.trusted_proxy = str(ipaddress.ip_address(proxy))
-    except ValueError:
+        settings.trusted_proxies = [
+            ipaddress.ip_network(each.strip(), strict=False)
+            for each in (arguments.trusted_proxy or "").split(",")
+            if arguments.trusted_proxy
+        ]
+    except ValueError as error:
         raise BadSetting(
-            f"The trusted proxy has to be an IP address, not {proxy!r}: change --trusted-proxy or "
+            f"A trusted proxy is no IP address or network ({error}): change --trusted-proxy or "
             "FACTORYAPP_TRUSTED_PROXY."
         ) from None
-    for name in ("host", "db"):
-        if not getattr(arguments, name):
-            raise BadSetting(
-                f"The {name} is empty: give --{name} or FACTORYAPP_{name.upper()} a value, or "
-                "leave it out."
-            )
     if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
         raise BadSetting(
             f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port "
@@ -3917,9 +4125,8 @@ def check_arguments(arguments):
         )
 
 
-def choose_home():
-    """The bot's home that the environment asks for. Raises BadSetting."""
-    token = read_variable("TELEGRAM_BOT_TOKEN")
+def choose_home(token):
+    """The bot's home, Telegram with its token. Raises BadSetting."""
     if not token:
         return Terminal()
     if not re.fullmatch("[1-9][0-9]{0,17}:[A-Za-z0-9_-]+", token):
@@ -3939,33 +4146,17 @@ def choose_home():
     return Telegram(token, api_url)
 
 
-def lock_database():
-    """Keep other processes off the database for as long as this one lives.
-
-    Raises BadSetting when one is there already.
-    """
-    try:
-        lock = open(settings.db + ".lock", "a")
-        os.chmod(lock.name, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadSetting(
-            f"FactoryApp is already running on the database {settings.db}: end that one, or name "
-            "another file with --db."
-        ) from None
-    except OSError as error:
-        raise BadSetting(
-            f"The database {settings.db} cannot be used ({error.strerror}): name a file in a "
-            "folder that can be written with --db."
-        ) from None
-    return lock
-
-
 def listen(host, port):
-    """A listening socket. Raises BadSetting when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """A listening socket; on "::" it serves IPv4 as well. Raises BadSetting."""
+    host = host.strip("[]")
+    is_ipv6 = ":" in host
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server(
+            (host, port),
+            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+            backlog=1024,
+            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+        )
     except (OSError, ValueError, TypeError) as error:
         raise BadSetting(
             f"Cannot listen on {host} port {port} ({error}): choose another --host or --port, or "
@@ -3976,9 +4167,10 @@ def listen(host, port):
 def prepare_process():
     """Make this process fit to serve: its files private, enough of them, its output quiet."""
     os.umask(0o077)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # These print URLs, and with them the bot's token.
     for noisy in map(logging.getLogger, ("urllib3", "TeleBot")):
@@ -3991,19 +4183,20 @@ def prepare_process():
 def read_settings(argv):
     """Fill `settings` from the command line and the environment. Raises BadSetting.
 
-    The address to listen on: (host, port).
+    Returns the address to listen on, (host, port), and the bot's home.
     """
-    arguments = read_arguments(argv)
+    arguments, token = read_arguments(argv), read_secret("TELEGRAM_BOT_TOKEN")
+    arguments.log_level = arguments.log_level or ("info" if token else "warning")
+    check_arguments(arguments)
     logging.getLogger().setLevel(arguments.log_level.upper())
     settings.db = os.path.realpath(arguments.db)
-    settings.trusted_proxy = arguments.trusted_proxy
-    settings.secret = os.fsencode(read_variable("FACTORYAPP_SECRET", "")) or None
+    settings.secret = os.fsencode(read_secret("FACTORYAPP_SECRET") or "") or None
     if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
         raise BadSetting(
             f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave "
             "it out."
         )
-    return arguments.host, int(arguments.port)
+    return (arguments.host, int(arguments.port)), choose_home(token)
 
 
 def start_workers(home, stop):
@@ -4044,8 +4237,8 @@ def main(argv=None):
     """Start everything, serve until SIGTERM or Ctrl-C, end cleanly. Returns the exit code."""
     prepare_process()
     try:
-        address = read_settings(argv)
-        home = choose_home()
+        check_sqlite()
+        address, home = read_settings(argv)
         check_store()
         lock = lock_database()
         sock = listen(*address)
@@ -4063,8 +4256,9 @@ def main(argv=None):
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    # Or reading the terminal from the background would stop the process.
-    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    if hasattr(signal, "SIGTTIN"):
+        # Or reading the terminal from the background would stop the process.
+        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     host, port = sock.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
     address = f"http://{shown_host}:{port}"

@@ -3,6 +3,7 @@ place, the program itself. What these stand-ins are made of is at the end of the
 
 import base64
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from html import unescape
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, urljoin, urlsplit
 
 import jwt
 import pytest
@@ -3463,14 +3464,19 @@ def test_path_without_its_slash_is_served(http):
     assert http.get("/api/users", headers=log_in(http, "alice")).json == [alice]
 
 
+def trust(monkeypatch, *networks):
+    networks = [ipaddress.ip_network(network) for network in networks]
+    monkeypatch.setattr(factoryapp.settings, "trusted_proxies", networks)
+
+
 def test_forwarded_address_is_believed_only_from_the_trusted_proxy(http, monkeypatch, caplog):
     for trusted, forwarded, believed in (
-        (None, "203.0.113.9", "192.0.2.1"),
-        ("192.0.2.1", "1.1.1.1, 203.0.113.9", "203.0.113.9"),
-        ("192.0.2.9", "203.0.113.9", "192.0.2.1"),
-        ("192.0.2.1", "junk\\nline", "192.0.2.1"),
+        ([], "203.0.113.9", "192.0.2.1"),
+        (["192.0.2.1"], "1.1.1.1, 203.0.113.9", "203.0.113.9"),
+        (["192.0.2.9"], "203.0.113.9", "192.0.2.1"),
+        (["192.0.2.1"], "junk\\nline", "192.0.2.1"),
     ):
-        monkeypatch.setattr(factoryapp.settings, "trusted_proxy", trusted)
+        trust(monkeypatch, *trusted)
         try_password(http, "nobody", **{"X-Forwarded-For": forwarded})
         assert f"from {believed}:" in caplog.records[-1].message
 
@@ -4114,7 +4120,7 @@ def follow_pages(http, headers, url):
         response = http.get(url, headers=headers)
         yield [row["id"] for row in response.json]
         link = response.headers.get("Link")
-        url = re.fullmatch('<(/[^>]+)>; rel="next"', link)[1] if link else None
+        url = link and urljoin(url, re.fullmatch('<([?][^>]+)>; rel="next"', link)[1])
 
 
 @alone_and_crowded
@@ -4298,7 +4304,7 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
 
 
 def test_openapi_believes_the_trusted_proxy_that_it_is_reached_by_https(http, monkeypatch):
-    monkeypatch.setattr(factoryapp.settings, "trusted_proxy", "127.0.0.1")
+    trust(monkeypatch, "127.0.0.1")
     headers = {"Host": "factory.example", "X-Forwarded-Proto": "https"}
     document = http.get("/openapi.json", headers=headers).json
     assert document["servers"] == [{"url": "https://factory.example"}]
@@ -4977,7 +4983,8 @@ def test_database_and_its_companions_are_for_their_owner_alone(start, tmp_path):
     (tmp_path / "factoryapp.db").touch(0o644)
     join(start().http, "alice")
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("factoryapp.db*")}
-    assert modes == {f"factoryapp.db{suffix}": 0o600 for suffix in ("", "-wal", "-shm", ".lock")}
+    suffixes = ("", "-wal", "-shm", ".lock", ".lock-journal")
+    assert modes == {f"factoryapp.db{suffix}": 0o600 for suffix in suffixes}
 
 
 def test_own_secret_signs_the_tokens(start):
