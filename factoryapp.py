@@ -33,7 +33,8 @@ in the terminal.
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    print("factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
+    # Before 3.8 `:=` is an error of syntax, which shows this line.
+    print(_ := "factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
     sys.exit(2)
 
 import argparse
@@ -51,7 +52,6 @@ import secrets
 import select
 import signal
 import socket
-import sqlite3
 import threading
 import time
 import unicodedata
@@ -72,6 +72,8 @@ except ModuleNotFoundError:
     resource = None
 
 try:
+    import sqlite3
+
     import jwt
     import telebot
     from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
@@ -86,7 +88,7 @@ try:
 except ModuleNotFoundError as error:
     print(
         f"factoryapp: the package {error.name} is missing: start as README.md says, or install "
-        "requirements.txt",
+        "requirements.txt; use another Python if its name begins with _",
         file=sys.stderr,
     )
     sys.exit(2)
