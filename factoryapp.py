@@ -738,8 +738,9 @@ def check_sqlite():
 
 def cannot_be_used(error):
     return BadSetting(
-        f"The database {settings.db} cannot be used ({error}). It needs a file and a folder that "
-        "can be read and written: name another with --db."
+        f"The database {settings.db} cannot be used ({error}). It, its -wal, -shm and .lock beside "
+        "it, and their folder have to be readable and writable: mend that, or name another with "
+        "--db."
     )
 
 
@@ -825,7 +826,7 @@ def lock_database():
         lock = sqlite3.connect(path, timeout=0, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
     except OSError as error:
-        raise cannot_be_used(error.strerror) from None
+        raise cannot_be_used(error) from None
     except sqlite3.Error as error:
         if error.sqlite_errorname != "SQLITE_BUSY":
             raise cannot_be_used(f"{path}: {error}") from None
