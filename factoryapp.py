@@ -823,7 +823,8 @@ def lock_database():
     try:
         with open(path, "ab"):
             make_private(path)
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        # Without patience, two that start at once refuse each other.
+        lock = sqlite3.connect(path, timeout=0.3, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
     except OSError as error:
         raise cannot_be_used(error) from None
