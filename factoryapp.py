@@ -2873,9 +2873,8 @@ def answer_wrong_method(error):
 def read_address(text):
     """The IP address that a proxy, or the socket, spells so. Raises ValueError.
 
-    "192.0.2.1:80", "[2001:db8::1]:443", either in quotes; "::ffff:192.0.2.1" is 192.0.2.1.
+    "192.0.2.1:80", "[2001:db8::1]:443"; "::ffff:192.0.2.1" is 192.0.2.1.
     """
-    text = text.strip(' "')
     with_port = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", text)
     address = ipaddress.ip_address((with_port[1] or with_port[2]) if with_port else text)
     return getattr(address, "ipv4_mapped", None) or address
@@ -4113,9 +4112,8 @@ def check_arguments(arguments):
         )
     try:
         settings.trusted_proxies = [
-            ipaddress.ip_network(each.strip(), strict=False)
-            for each in (arguments.trusted_proxy or "").split(",")
-            if arguments.trusted_proxy
+            ipaddress.ip_network(each if "/" in each else read_address(each), strict=False)
+            for each in (arguments.trusted_proxy or "").replace(",", " ").split()
         ]
     except ValueError as error:
         raise BadSetting(
