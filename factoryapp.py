@@ -161,6 +161,7 @@ CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 PATIENT_THREADS = 4
 CONNECTIONS = 200
 OPEN_FILES = 8192
+MAX_PROXIES = 20  # of X-Forwarded-For, the last that are read
 REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
 REQUEST_CROWDED_SECONDS = 2  # to send a whole request, while all CONNECTIONS are in use
 MAX_UNTAKEN_BYTES = 256 * 1024**2  # of an answer, before a lane's thread waits for its client
@@ -2899,7 +2900,7 @@ def client_address():
     """
     address = request.environ["REMOTE_ADDR"]
     try:
-        for said in [address, *reversed([*forwarded("FOR")])]:
+        for said in [address, *reversed([*forwarded("FOR")][-MAX_PROXIES:])]:
             address = str(read_address(said))
             if not is_trusted(address):
                 break
