@@ -1,6 +1,7 @@
 """Tests through the front doors: HTTP to a real server, a small real Bot API server in Telegram's
 place, the program itself. What these stand-ins are made of is at the end of the file."""
 
+import ast
 import base64
 import hashlib
 import ipaddress
@@ -179,6 +180,11 @@ WEBHOOK_IS_ACTIVE = {
     "description": "Conflict: can't use getUpdates method while webhook is active",
 }
 BREAKS, BREAKS_AT_ONCE = "breaks a constraint later", "breaks a constraint"
+as_root = pytest.mark.skipif(
+    not shutil.which("setpriv")
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="needs Linux and root",
+)
 alone_and_crowded = pytest.mark.parametrize("http", ["alone", "crowded"], indirect=True)
 
 
@@ -325,6 +331,21 @@ def say(telegram, bot_api, chat_id, text=None, **content):
 
 def link_chat(http, telegram, bot_api, headers, chat_id):
     assert "успешно привязаны" in say(telegram, bot_api, chat_id, link_token(http, headers))[-1]
+
+
+@pytest.fixture
+def configure(monkeypatch, caplog):
+    """Read settings as a start does; what they were comes back when the test ends."""
+    caplog.set_level("WARNING")
+    for name in ("db", "secret", "trusted_proxies"):
+        monkeypatch.setattr(factoryapp.settings, name, getattr(factoryapp.settings, name))
+
+    def configure(*arguments, **env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return factoryapp.read_settings(["--db", factoryapp.settings.db, *arguments])
+
+    return configure
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -949,6 +970,78 @@ def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm):
         "detail"
     ]
     assert "removed or replaced" in http.get("/health/", status=503).json["reason"]
+
+
+def test_commit_is_on_disk_on_macos_too(http):
+    db = factoryapp.connection()
+    pragmas = ("synchronous", "fullfsync", "checkpoint_fullfsync")
+    assert [db.one(f"PRAGMA {pragma}")[0] for pragma in pragmas] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["factoryapp.db", "symlink.db"])
+def test_database_with_a_second_hard_link_is_refused_and_not_touched(http, tmp_path, name):
+    (tmp_path / "link.db").hardlink_to(tmp_path / "factoryapp.db")
+    (tmp_path / "symlink.db").symlink_to("link.db")
+    code, _, error = run_program("--port", "0", "--db", str(tmp_path / name))
+    assert code == 2 and "mount the folder, not the file" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@as_root
+def test_database_that_is_mounted_alone_is_refused_by_both_names(tmp_path):
+    own, other = tmp_path / "own.db", tmp_path / "a b\\040.db"
+    for file in (own, other):
+        file.touch()
+    mounting = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', own, other]
+    for name in (own, other):
+        prefix = ["unshare", "-m", *mounting]
+        code, _, error = run_program("--port", "0", "--db", str(name), prefix=prefix)
+        assert code == 2 and "mount the folder, not the file" in error
+
+
+@as_root
+def test_folder_that_is_mounted_is_no_reason_to_refuse(tmp_path):
+    # Refused for its address, which is looked at after the database.
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "own" / "a.db").touch()
+    mounting = 'mount --bind "$0/own" "$0/other" && exec "$@"'
+    code, _, error = run_program(
+        *["--db", str(tmp_path / "other" / "a.db"), "--host", "256.1.1.1"],
+        prefix=["unshare", "-m", "sh", "-c", mounting, tmp_path],
+    )
+    assert code == 2 and "Cannot listen" in error
+
+
+def test_two_that_start_at_once_do_not_both_refuse(http):
+    # As far as another gets before it sees that it is too late.
+    path = factoryapp.settings.db + ".lock"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM sqlite_master")
+        threading.Timer(0.02, other.rollback).start()
+        factoryapp.lock_database().close()
+
+
+@as_root
+@pytest.mark.parametrize(
+    "foreign, mode, names",
+    [
+        ("factoryapp.db", 0o666, "factoryapp.db belongs to another user"),
+        ("factoryapp.db.lock", 0o666, "factoryapp.db.lock belongs to another user"),
+        ("factoryapp.db.lock", 0o600, "Permission denied: '.*factoryapp.db.lock'"),
+    ],
+)
+def test_file_of_another_owner_is_named(tmp_path, foreign, mode, names):
+    (tmp_path / foreign).touch()
+    (tmp_path / foreign).chmod(mode)
+    os.chown(tmp_path / foreign, 65534, 65534)
+    # Root as others are.
+    prefix = ["setpriv", "--bounding-set=-fowner,-dac_override,-dac_read_search"]
+    code, _, error = run_program(
+        "--port", "0", "--db", str(tmp_path / "factoryapp.db"), prefix=prefix
+    )
+    assert code == 2 and re.search(names, error) and error.count("\n") == 1
 
 
 @pytest.fixture
@@ -3204,6 +3297,13 @@ def test_page_allows_its_own_style_and_script_alone(http):
     )
 
 
+def test_page_works_under_a_path(http):
+    page = http.get("/").text
+    asked = re.findall(r"""\((?:"[A-Z]+", )?["`']((?:/?api|/?auth)[^"`'?]+)""", page)
+    assert len(asked) > 6 and all(path.startswith(("api/", "auth/")) for path in asked)
+    assert not re.search(r"""(["'`]|=)/[a-z]""", page)
+
+
 def browse(url, folder):
     """What a browser makes of a page after some seconds of its own time, and what it logs."""
     shown = subprocess.run(
@@ -3479,6 +3579,77 @@ def test_forwarded_address_is_believed_only_from_the_trusted_proxy(http, monkeyp
         trust(monkeypatch, *trusted)
         try_password(http, "nobody", **{"X-Forwarded-For": forwarded})
         assert f"from {believed}:" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize(
+    "said, believed",
+    [
+        ("203.0.113.7:51234", "203.0.113.7"),
+        ("[2001:db8::1]:443", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:0DB8:0::1", "2001:db8::1"),
+        ('"203.0.113.7"', "203.0.113.7"),
+        ('"[2001:db8::1]:443"', "2001:db8::1"),
+        ("::ffff:203.0.113.7", "203.0.113.7"),
+        ("[::FFFF:cb00:7107]:80", "203.0.113.7"),
+        ("1.1.1.1, 203.0.113.7 , 192.0.2.5,", "203.0.113.7"),
+        ("1.1.1.1, 203.0.113.7:80, [::ffff:192.0.2.5]:80", "203.0.113.7"),
+        ("192.0.2.6, 192.0.2.5", "192.0.2.6"),
+        ("unknown, 203.0.113.7", "203.0.113.7"),
+        ("203.0.113.7, unknown, 192.0.2.5", "192.0.2.5"),
+    ],
+)
+def test_forwarded_address_is_read_in_every_spelling(http, monkeypatch, caplog, said, believed):
+    trust(monkeypatch, "192.0.2.0/24")
+    try_password(http, "nobody", **{"X-Forwarded-For": said})
+    assert f"from {believed}:" in caplog.records[-1].message
+
+
+def test_client_behind_a_proxy_is_throttled_alone_whatever_its_port(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "LOGIN_FAILURES_PER_ADDRESS", 3)
+    trust(monkeypatch, "192.0.2.1")
+    for port, status in enumerate([401, 401, 401, 429]):
+        headers = {"X-Forwarded-For": f"203.0.113.7:{port}"}
+        try_password(http, f"user{port}", status=status, **headers)
+    try_password(http, "nobody", **{"X-Forwarded-For": "203.0.113.8:1"})
+
+
+def test_forwarded_address_that_cannot_be_read_is_logged_once(http, monkeypatch, caplog):
+    factoryapp.warn_of_unreadable_address.cache_clear()
+    trust(monkeypatch, "192.0.2.1")
+    for said in ("unknown", "_hidden", "unknown"):
+        try_password(http, "nobody", **{"X-Forwarded-For": said})
+    assert [r.message for r in caplog.records if "X-Forwarded-For" in r.message] == [
+        "no address is in X-Forwarded-For: 'unknown'; its clients count as one"
+    ]
+
+
+def test_of_many_forwarded_addresses_few_are_read(http, monkeypatch):
+    read, real = [], factoryapp.read_address
+    monkeypatch.setattr(factoryapp, "read_address", lambda text: read.append(text) or real(text))
+    trust(monkeypatch, "192.0.2.0/24", "::1")
+    try_password(http, "nobody", **{"X-Forwarded-For": "::1," * 3000})
+    assert len(read) < 300
+
+
+@pytest.mark.parametrize(
+    "setting, trusted, strangers",
+    [
+        ("172.16.0.0/12", ["172.16.0.1", "172.31.255.254", "::ffff:172.20.0.1"], ["172.32.0.1"]),
+        ("10.0.0.5, 172.18.5.1/16,", ["10.0.0.5", "172.18.0.1"], ["10.0.0.6", "172.17.0.1"]),
+        ("10.0.0.5 fd00::/8", ["10.0.0.5", "fd00::7"], ["fc00::7", "127.0.0.1"]),
+        ("::ffff:10.0.0.5,[::1]", ["10.0.0.5", "::ffff:10.0.0.5", "::1"], ["10.0.0.6", "::2"]),
+        (" ", [], ["127.0.0.1", "::1"]),
+    ],
+)
+def test_trusted_proxies_are_networks_and_lists(
+    http, configure, caplog, setting, trusted, strangers
+):
+    configure("--db", factoryapp.settings.db, FACTORYAPP_TRUSTED_PROXY=setting)
+    for address in trusted + strangers:
+        try_password(http, "nobody", address=address, **{"X-Forwarded-For": "203.0.113.7"})
+    believed = ["from 203.0.113.7:" in record.message for record in caplog.records]
+    assert believed == [True] * len(trusted) + [False] * len(strangers)
 
 
 def test_every_answer_is_private_and_nothing_but_json(http):
@@ -4303,11 +4474,24 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
             assert required == re.findall(r"{(\w+)}", path)
 
 
-def test_openapi_believes_the_trusted_proxy_that_it_is_reached_by_https(http, monkeypatch):
-    trust(monkeypatch, "127.0.0.1")
-    headers = {"Host": "factory.example", "X-Forwarded-Proto": "https"}
-    document = http.get("/openapi.json", headers=headers).json
-    assert document["servers"] == [{"url": "https://factory.example"}]
+@pytest.mark.parametrize(
+    "said, address",
+    [
+        ({"Proto": "https"}, "https://app:8080"),
+        ({"Proto": "HTTPS,http", "Host": "factory.example, inner"}, "https://factory.example"),
+        ({"Host": '"factory.example:8443"'}, "http://factory.example:8443"),
+        ({"Prefix": "/factory/"}, "http://app:8080/factory"),
+        ({"Prefix": "factory/v1, /inner"}, "http://app:8080/factory/v1"),
+        ({"Proto": "", "Host": " ,", "Prefix": "/"}, "http://app:8080"),
+    ],
+)
+def test_openapi_names_the_address_that_the_trusted_proxy_says(http, monkeypatch, said, address):
+    headers = {"Host": "app:8080", **{f"X-Forwarded-{name}": said[name] for name in said}}
+    servers = []
+    for network in ("127.0.0.0/8", "192.0.2.1"):
+        trust(monkeypatch, network)
+        servers += http.get("/openapi.json", headers=headers).json["servers"]
+    assert servers == [{"url": address}, {"url": "http://app:8080"}]
 
 
 def test_every_answer_is_in_the_openapi_document(http):
@@ -4857,10 +5041,10 @@ def another_writer(path):
         yield
 
 
-def run_program(*arguments, **env):
+def run_program(*arguments, prefix=(), program=HERE / "factoryapp.py", **env):
     """The exit code, standard output and standard error of a run that ends by itself."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "factoryapp.py"), *arguments],
+        [*prefix, sys.executable, program, *arguments],
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -4868,6 +5052,11 @@ def run_program(*arguments, **env):
         timeout=10,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def at_start(folder, *lines):
+    """Have each Python whose PYTHONPATH is this folder run these lines first."""
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
 
 
 def test_help_explains_every_setting():
@@ -4952,12 +5141,169 @@ def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
     assert not (tmp_path / "factoryapp.db").exists()
 
 
+@pytest.mark.parametrize("name", ["FACTORYAPP_SECRET", "TELEGRAM_BOT_TOKEN"])
+@pytest.mark.parametrize("value", ["4242:a\tb" + "c" * 40, "4242:a\n\u0085b" + "c" * 40])
+def test_secret_with_a_control_character_is_refused(configure, tmp_path, name, value):
+    (tmp_path / "held").write_text(value)
+    for env in ({f"{name}_FILE": str(tmp_path / "held")}, {f"{name}_FILE": "", name: value}):
+        with pytest.raises(factoryapp.BadSetting, match="control character"):
+            configure(**env)
+
+
 def test_blanks_around_a_setting_do_not_count_and_an_empty_variable_is_none(start, bot_api):
     env = {"TELEGRAM_BOT_TOKEN": f" {BOT_TOKEN}\n", "TELEGRAM_API_URL": bot_api.url + "\r"}
     program = start(
         FACTORYAPP_HOST=" ", FACTORYAPP_SECRET="", FACTORYAPP_LOG_LEVEL=" error\r", **env
     )
     program.wait_for("bot: @factory_test_bot on Telegram")
+
+
+def test_secrets_may_be_in_files(start, bot_api, tmp_path):
+    secret = "a secret of more than thirty-two bytes"
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbf" + BOT_TOKEN.encode() + b"\r\n")
+    (tmp_path / "secret").write_text(f"{secret}\n")
+    program = start(
+        TELEGRAM_BOT_TOKEN_FILE=f" {tmp_path / 'token'}",
+        TELEGRAM_BOT_TOKEN="",
+        TELEGRAM_API_URL=bot_api.url,
+        FACTORYAPP_SECRET_FILE=str(tmp_path / "secret"),
+    )
+    program.wait_for("bot: @factory_test_bot on Telegram")
+    headers = join(program.http, "alice")
+    jwt.decode(headers["Authorization"].split()[1], secret, algorithms=["HS256"])
+
+
+@pytest.mark.parametrize(
+    "env, hint",
+    [
+        ({"FACTORYAPP_SECRET_FILE": "/nonexistent"}, "SECRET_FILE names /nonexistent"),
+        ({"FACTORYAPP_SECRET_FILE": "/"}, "SECRET_FILE names /"),
+        ({"FACTORYAPP_SECRET_FILE": "SHORT"}, "at least 32 bytes"),
+        ({"FACTORYAPP_SECRET_FILE": "BLANKS"}, "SECRET_FILE names an empty file"),
+        (
+            {"TELEGRAM_BOT_TOKEN_FILE": "SHORT", "TELEGRAM_BOT_TOKEN": BOT_TOKEN},
+            "_TOKEN is set too",
+        ),
+        ({"TELEGRAM_BOT_TOKEN_FILE": "SHORT"}, "TELEGRAM_BOT_TOKEN is malformed"),
+    ],
+)
+def test_file_of_a_secret_that_cannot_be_used_is_told(configure, monkeypatch, tmp_path, env, hint):
+    monkeypatch.chdir(tmp_path)
+    Path("SHORT").write_text("short")
+    Path("BLANKS").write_text("\ufeff" + " " * 40 + "\n")
+    with pytest.raises(factoryapp.BadSetting, match=hint):
+        configure(**env)
+
+
+@pytest.mark.parametrize(
+    "name, spelled, read",
+    [
+        ("FACTORYAPP_DB", "data.db\r", ["data.db"]),
+        ("FACTORYAPP_HOST", "\t::1 \n", ["::1"]),
+        ("FACTORYAPP_PORT", " 81\r\n", [81]),
+        ("FACTORYAPP_PORT", "", [8080]),
+        ("FACTORYAPP_HOST", " ", ["127.0.0.1"]),
+        ("FACTORYAPP_SECRET", " " * 40, [None]),
+    ],
+)
+def test_variables_are_read_alike(monkeypatch, configure, tmp_path, name, spelled, read):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, spelled)
+    address, _ = factoryapp.read_settings([])
+    settings = factoryapp.settings
+    assert {*read} <= {*address, Path(settings.db).name, settings.secret}
+
+
+@pytest.mark.parametrize("option", ["--host", "--port", "--db", "--trusted-proxy", "--log-level"])
+def test_option_given_empty_is_an_error(configure, option):
+    for value in ("", " \t"):
+        with pytest.raises(factoryapp.BadSetting, match=f"empty: give {option}"):
+            configure(option, value)
+
+
+@pytest.mark.parametrize(
+    "host, client",
+    [("::", "127.0.0.1"), ("::", "::1"), ("[::1]", "::1"), ("[127.0.0.1]", "127.0.0.1")],
+)
+def test_host_is_read_in_brackets_and_any_of_ipv6_is_any_of_ipv4(host, client):
+    with (
+        factoryapp.listen(host, 0) as sock,
+        socket.socket(socket.AF_INET6 if ":" in client else socket.AF_INET) as own,
+    ):
+        own.connect((client, sock.getsockname()[1]))
+        sock.accept()[0].close()
+
+
+@pytest.mark.parametrize(
+    "lack, sentence",
+    [
+        ("sys.version_info = (3, 10, 13)", "Python 3.11 or newer is needed"),
+        (
+            "del sys.modules['sqlite3'], sys.modules['sqlite3.dbapi2']; "
+            "sys.modules['_sqlite3'] = None",
+            "_sqlite3 is missing",
+        ),
+        ("sqlite3.sqlite_version_info = (3, 36, 9)", "SQLite 3.37 or newer is needed"),
+        ("sqlite3.connect = lambda name: NoWal(name)", "write-ahead log .WAL. is needed"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_else(tmp_path, lack, sentence):
+    at_start(
+        tmp_path,
+        "import sqlite3, sys",
+        "class NoWal(sqlite3.Connection):",
+        "    def execute(self, sql):",
+        "        return [('COMPILER=gcc',), ('OMIT_WAL',)]",
+        lack,
+    )
+    code, out, error = run_program("--port", "eighty", PYTHONPATH=str(tmp_path))
+    assert (code, out, error.count("\n")) == (2, "", 1) and re.search(sentence, error)
+
+
+def test_python_too_old_for_the_syntax_shows_what_is_needed():
+    source = (HERE / "factoryapp.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+    with pytest.raises(SyntaxError) as raised:
+        ast.parse(source, feature_version=(3, 7))
+    assert "Python 3.11 or newer is needed" in source.splitlines()[raised.value.lineno - 1]
+
+
+def test_program_runs_without_what_windows_lacks(start, tmp_path):
+    at_start(
+        tmp_path,
+        "import select, signal, sys",
+        "sys.modules['fcntl'] = sys.modules['resource'] = None",
+        "del select.poll, signal.SIGTTIN",
+        "if hasattr(select, 'epoll'): del select.epoll",
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    program = start(**env)
+    headers = join(program.http, "alice")
+    post(program.http, headers, "kept")
+    code, _, error = run_program("--port", "0", "--db", str(tmp_path / "factoryapp.db"), **env)
+    assert code == 2 and "already running" in error and error.count("\n") == 1
+    program.end(signal.SIGKILL)
+    program = start(**env)
+    assert [m["text"] for m in list_messages(program.http, headers)] == ["kept"]
+    assert program.end()[0] == 0
+
+
+def test_program_starts_through_a_symlink_and_without_docstrings(start, tmp_path):
+    (tmp_path / "app.py").symlink_to(HERE / "factoryapp.py")
+    program = start(program=tmp_path / "app.py", PYTHONOPTIMIZE="2")
+    document = program.http.get("/openapi.json").json
+    assert document["info"]["description"]
+    assert document["paths"]["/health/"]["get"]["summary"] == "show health"
+
+
+@pytest.mark.parametrize("schema", [None, b"\xff"])
+def test_schema_that_cannot_be_read_is_named(tmp_path, schema):
+    program = shutil.copy(HERE / "factoryapp.py", tmp_path)
+    if schema:
+        (tmp_path / "schema.sql").write_bytes(schema)
+    code, _, error = run_program("--port", "0", "--db", str(tmp_path / "a.db"), program=program)
+    assert code == 2 and f"{tmp_path}/schema.sql cannot be read" in error
+    assert error.count("\n") == 1 and not (tmp_path / "a.db").exists()
 
 
 def test_output_that_cannot_show_cyrillic_shows_the_rest(start):
@@ -5479,9 +5825,9 @@ CLIENTS = {"alone": Client, "crowded": CrowdedClient}
 class Program:
     """`python factoryapp.py` as a real process, on a port of its own choice."""
 
-    def __init__(self, folder, *arguments, preexec_fn=None, **env):
+    def __init__(self, folder, *arguments, preexec_fn=None, program=HERE / "factoryapp.py", **env):
         self.folder, self.said = folder, ""
-        command = [sys.executable, HERE / "factoryapp.py", "--port", "0"]
+        command = [sys.executable, program, "--port", "0"]
         with open(folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--db", folder / "factoryapp.db", *arguments],
