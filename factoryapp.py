@@ -76,7 +76,15 @@ try:
 
     import jwt
     import telebot
-    from bottle import HTTP_CODES, Bottle, HTTPError, HTTPResponse, request, response
+    from bottle import (
+        HTTP_CODES,
+        Bottle,
+        HTTPError,
+        HTTPResponse,
+        MultipartError,
+        request,
+        response,
+    )
     from telebot import apihelper
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from waitress import wasyncore
@@ -3158,12 +3166,12 @@ def read_body(max_bytes):
             return read_form(request.body.read())
         if media_type() == MULTIPART:
             return Form(request.POST)
-    except ValueError as error:
+    except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
-    except (HTTPError, LookupError) as error:
-        log.info(f"multipart form refused: {error}")
-        detail = "Multipart form parse error - the body does not follow RFC 7578."
-        raise refusal(400, detail) from None
+    except (MultipartError, LookupError, ValueError) as error:
+        log.info(f"form refused: {error}")
+        detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
+        raise refusal(400, f"Form parse error - {detail}") from None
     raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
 
 
