@@ -3139,14 +3139,15 @@ def media_type():
 
 def read_charset():
     """The body's charset where Python knows it, else UTF-8, as the original has it."""
-    given = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", request.content_type, re.IGNORECASE)
+    given = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", request.content_type)
     try:
         name = codecs.lookup(given[1]).name if given else "utf-8"
-        b"".decode(name)
-    except LookupError:
+        # Without a byte, Base64 and its like would pass for text.
+        b"\0\0\0\0".decode(name)
+    except (LookupError, UnicodeError):
         return "utf-8"
-    # These are for host names, and take quadratic time.
-    return "utf-8" if name in ("idna", "punycode") else name
+    # It is for host names, and takes quadratic time.
+    return "utf-8" if name == "idna" else name
 
 
 def read_body(max_bytes):
