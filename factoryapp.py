@@ -40,6 +40,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
 import argparse
 import base64
 import codecs
+import encodings
 import hashlib
 import ipaddress
 import json
@@ -3145,6 +3146,8 @@ def read_charset():
         # Without a byte, Base64 and its like would pass for text.
         b"\0\0\0\0".decode(name)
     except (LookupError, UnicodeError):
+        # Or Python would keep each name that it does not know.
+        encodings._cache.clear()
         return "utf-8"
     # It is for host names, and takes quadratic time.
     return "utf-8" if name == "idna" else name
@@ -3170,6 +3173,8 @@ def read_body(max_bytes):
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
     except (MultipartError, LookupError, ValueError) as error:
+        # As in read_charset(): a part may name a charset of its own.
+        encodings._cache.clear()
         log.info(f"form refused: {error}")
         detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
         raise refusal(400, f"Form parse error - {detail}") from None
