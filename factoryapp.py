@@ -128,6 +128,7 @@ MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
+LONG_BODY_BYTES = 16 * 1024  # is not read on the serving thread
 MAX_FORM_FIELDS = 1000
 # JSON may spell one code point as 12 bytes: \ud83d\ude00
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096
@@ -2809,7 +2810,8 @@ def serve_declared(route):
 
     def serve(**values):
         lane = said.lane
-        if said.body and media_type() == MULTIPART:
+        is_long = request.content_length > LONG_BODY_BYTES
+        if said.body and (is_long or media_type() == MULTIPART):
             # Slow to read.
             lane = lane or "patient"
         if lane:
