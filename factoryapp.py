@@ -1450,7 +1450,7 @@ def compose(password):
 
     What is longer than any password can be is left alone: NFC takes quadratic time.
     """
-    is_short = len(password) <= 3 * MAX_PASSWORD
+    is_short = len(password) <= 4 * MAX_PASSWORD
     return unicodedata.normalize("NFC", password) if is_short else password
 
 
