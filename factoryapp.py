@@ -3811,8 +3811,8 @@ class TimedRequest(HTTPRequestParser):
             self.error, self.completed = BadRequest("a line ends with CR LF"), True
             return len(data)
         taken = super().received(data)
-        if self.completed:
-            # Refused, whole, or without a body: 100 would make us wait for more.
+        if self.completed or taken < len(data):
+            # Refused, without a body, or it is there already: 100 would make us wait for more.
             self.expect_continue = False
         return taken
 
