@@ -3136,8 +3136,8 @@ MULTIPART = "multipart/form-data"
 
 
 def media_type():
-    """The media type of the request's body, without its parameters."""
-    return request.content_type.partition(";")[0].strip().lower()
+    """The media type of the request's body in lower case, without its parameters."""
+    return request.content_type.partition(";")[0].strip()
 
 
 def read_charset():
