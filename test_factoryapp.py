@@ -3,6 +3,8 @@ place, the program itself. What these stand-ins are made of is at the end of the
 
 import ast
 import base64
+import encodings
+import gzip
 import hashlib
 import ipaddress
 import json
@@ -49,6 +51,7 @@ BOT_TOKEN = "4242:AAtest-token-of-nobody"
 BOT_ID = 4242
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data; boundary=x"
 
 
 # --- Fixtures -------------------------------------------------------------------------------------
@@ -1323,6 +1326,46 @@ def test_no_more_than_two_passwords_are_hashed_at_once(http, monkeypatch):
     assert max(most) == 2
 
 
+def composed(text):
+    return unicodedata.normalize("NFC", text)
+
+
+def decomposed(text):
+    return unicodedata.normalize("NFD", text)
+
+
+@pytest.mark.parametrize(
+    "password", ["ёлка-йод", "A\u030angstro\u0308m", "한국어-비밀번호", "ᾯ" * 200]
+)
+def test_password_is_one_however_its_accents_are_typed(http, password):
+    for name, first, then in (("a", composed, decomposed), ("b", decomposed, composed)):
+        register(http, name, first(password))
+        headers = log_in(http, name, then(password))
+        sent = {"current_password": then(password), "new_password": PASSWORD}
+        http.post_json("/api/users/set-password/", sent, headers=headers, status=204)
+
+
+def test_longest_password_is_known_by_its_accents_too(http):
+    register(http, "alice", "ᾯ" * 1024)
+    assert log_in(http, "alice", decomposed("ᾯ" * 1024))
+
+
+@pytest.mark.parametrize(
+    "typed", ["ёлка-Йод", "елка-иод", "ёлка-йод ", "ё\u00adлка-йод", "ёлка‐йод"]
+)
+def test_password_that_only_looks_like_it_is_wrong(http, typed):
+    register(http, "alice", "ёлка-йод")
+    try_password(http, "alice", typed)
+
+
+@pytest.mark.parametrize("password", [decomposed("ёлка-йод"), "\ufffd" * 8])
+def test_password_that_was_hashed_as_it_was_typed_still_matches(http, password):
+    register(http, "alice")
+    kept = factoryapp.hash_with(factoryapp.new_salt(), password, **factoryapp.SCRYPT)
+    factoryapp.connection().execute("UPDATE users SET password = ?", (kept,))
+    assert log_in(http, "alice", password)
+
+
 def test_access_token_lives_5_minutes_and_refresh_token_a_day(http, clock):
     register(http, "alice")
     tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json
@@ -1496,10 +1539,13 @@ def test_nothing_comes_between_the_parts_of_a_text(http, telegram, bot_api, cloc
 
 @alone_and_crowded
 def test_silent_message_comes_without_a_sound(http, telegram, bot_api, linked):
-    for silent in (True, False, "true"):
+    yes = (True, 1, 1.0, "true", "True", "t", "YES", "y", "on", "1")
+    no = (False, 0, 0.0, "false", "FALSE", "F", "no", "N", "Off", "0")
+    for silent in yes + no:
         post(http, linked, "a", silent=silent)
     deliver_all(telegram)
-    assert bot_api.silent == [False, True, False, True]  # the first is the answer to linking
+    # The first is the answer to linking.
+    assert bot_api.silent == [False] + [True] * len(yes) + [False] * len(no)
 
 
 @alone_and_crowded
@@ -3675,6 +3721,156 @@ def test_multipart_form_is_read(http):
     assert response.json == {"id": 1, "username": "Анна"}
 
 
+def part(value, *lines):
+    """A multipart body, for the boundary x, of one field."""
+    header = b"\r\n".join([b'Content-Disposition: form-data; name="text"', *lines])
+    return b"--x\r\n" + header + b"\r\n\r\n" + value + b"\r\n--x--\r\n"
+
+
+def post_body(http, headers, media_type, body, path="/api/messages/"):
+    """The status and the JSON that a POST of just these bytes is answered."""
+    [answer] = http.ask(("POST", path, body, {**headers, "Content-Type": media_type}))
+    return answer.status, json.loads(answer.body)
+
+
+@pytest.mark.parametrize(
+    "value, charset",
+    [
+        ("при".encode("cp1251"), "utf-8"),
+        (b"\xff\xfe\0a", "utf-8"),
+        (b"cut \xd0", "utf-8"),
+        (b"surrogate \xed\xa0\xbd", "utf-8"),
+        (b"overlong \xc0\xaf", "utf-8"),
+        ("при".encode(), "ascii"),
+    ],
+)
+def test_bytes_that_are_not_in_their_charset_are_refused(http, value, charset):
+    headers = join(http, "alice")
+    for media_type, body in (
+        (JSON, b'{"text":"%b"}' % value),
+        (FORM, b"text=%b" % value),
+        (FORM, b"%b=a&text=a" % value),
+        (MULTIPART, part(value)),
+        (MULTIPART, part(b"a", b"X: %b" % value)),
+    ):
+        status, refused = post_body(http, headers, f"{media_type}; charset={charset}", body)
+        reason = f"parse error - '{charset}' codec can't decode byte"
+        assert status == 400 and reason in refused["detail"]
+    assert list_messages(http, headers) == []
+
+
+@pytest.mark.parametrize("value", ["%cf%f0%e8%cf", "%D0", "a%80", "%ED%A0%BD", "я%ff"])
+def test_percent_encoded_bytes_that_are_not_utf_8_are_refused(http, value):
+    for form in (f"username=a{value}&password={PASSWORD}", f"username=a&password={value * 8}"):
+        status, refused = post_body(http, {}, FORM, form.encode(), "/api/users/register/")
+        assert status == 400 and "'utf-8' codec can't decode byte" in refused["detail"]
+    assert count("users") == 0
+
+
+@pytest.mark.parametrize(
+    "media_type, body",
+    [
+        (f"{JSON}; charset=windows-1251", '{"text":"Цех №4"}'.encode("cp1251")),
+        (f'{JSON};CHARSET="MacCyrillic"', '{"text":"Цех №4"}'.encode("mac-cyrillic")),
+        (f"{JSON}; charset=utf-16", '{"text":"Цех №4"}'.encode("utf-16")),
+        (f"{JSON}; charset=utf-16le", '\ufeff{"text":"Цех №4"}'.encode("utf-16le")),
+        (f"{FORM}; charset=cp1251", "text=Цех+№4".encode("cp1251")),
+        (f"{FORM}; charset=cp1251", f"text={quote('Цех №4', encoding='cp1251')}".encode()),
+        (f"{FORM}; charset=utf-16", "text=Цех+№4".encode("utf-16")),
+        (f"{FORM}; charset=cp1251", '{"text":"Цех №4"}'.encode("cp1251")),
+        (f"{MULTIPART}; charset=cp1251", part("Цех №4".encode("cp1251"))),
+        (MULTIPART, part("Цех №4".encode("cp1251"), b"Content-Type: text/plain; charset=cp1251")),
+    ],
+    ids=str,
+)
+def test_body_in_a_charset_that_it_names_is_read(http, media_type, body):
+    status, message = post_body(http, join(http, "alice"), media_type, body)
+    assert status == 201 and message["text"] == "Цех №4"
+
+
+@pytest.mark.parametrize(
+    "charset", ["nonsense", "", "..", "hex", "base64", "rot13", "idna", "punycode", "undefined"]
+)
+def test_body_in_what_is_no_charset_is_utf_8(http, charset):
+    headers = join(http, "alice")
+    for media_type, body in ((JSON, '{"text":"я"}'), (FORM, "text=я"), (FORM, "text=%d1%8f")):
+        media_type = f"{media_type}; charset={charset}"
+        assert post_body(http, headers, media_type, body.encode())[1]["text"] == "я"
+
+
+def test_charsets_that_clients_make_up_are_not_kept(http):
+    headers, odd_part = join(http, "alice"), part(b"a", b"Content-Type: text/x; charset=made-up-1")
+    for media_type, body, expected in (
+        (MULTIPART, odd_part, 400),
+        (f"{MULTIPART}; charset=made-up-2", part(b"a"), 400),
+        (f"{JSON}; charset=made-up-3", b'{"text":"a"}', 201),
+        (f"{FORM}; charset=made-up-4", b"text=a", 201),
+    ):
+        assert post_body(http, headers, media_type, body)[0] == expected
+        assert not [name for name in encodings._cache if name.startswith("made")]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"text":"hi"}', b' \r\n{"text": "hi"}\n', b'\xef\xbb\xbf{"text":"hi"}']
+)
+def test_json_object_is_read_though_it_is_called_a_form(http, body):
+    headers = join(http, "alice")
+    for media_type in (FORM, f"{FORM}; charset=utf-8", FORM.title(), JSON):
+        assert post_body(http, headers, media_type, body)[1]["text"] == "hi"
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"text":"hi",}', b"{text: hi}", b"{'text':'hi'}", b'{"text":"\xff"}', b"{"]
+)
+def test_malformed_json_is_called_so_though_it_is_called_a_form(http, body):
+    status, refused = post_body(http, join(http, "alice"), FORM, body)
+    assert status == 400 and refused["detail"].startswith("JSON parse error - ")
+
+
+@pytest.mark.parametrize("body", [b'["text"]', b'"text"', b"a={&b=1", b'\'{"text":"hi"}\''])
+def test_form_that_is_no_json_object_stays_a_form(http, body):
+    refused = post_body(http, join(http, "alice"), FORM, body)
+    assert refused == (400, {"text": ["This field is required."]})
+
+
+def test_body_that_does_not_say_what_it_is_is_refused(http):
+    headers = join(http, "alice")
+    [answer] = http.ask(("POST", "/api/messages/", b'{"text":"hi"}', headers))
+    assert answer.status == 415 and b"Unsupported media type" in answer.body
+
+
+@pytest.mark.parametrize(
+    "media_type, body",
+    [
+        (FORM, b"text=a" + b"&a" * 1000),
+        ("multipart/form-data", part(b"a")),
+        (f"{MULTIPART}; odd", part(b"a")),
+        (MULTIPART, part(b"a", b"Content-Length: odd")),
+        (MULTIPART, b"text=a"),
+    ],
+    ids=range(5),
+)
+def test_malformed_form_is_refused_in_words_for_people(http, media_type, body):
+    status, refused = post_body(http, join(http, "alice"), media_type, body)
+    reason = "the body has more than 1000 fields, or does not follow RFC 7578."
+    assert status == 400 and refused == {"detail": f"Form parse error - {reason}"}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "x-gzip", "zstd", "identity, gzip"])
+def test_encoded_body_is_refused_by_the_name_of_its_encoding(http, encoding):
+    headers = {**join(http, "alice"), "Content-Encoding": encoding}
+    for media_type in (JSON, FORM, MULTIPART):
+        for body in (b'{"text":"hi"}', gzip.compress(b'{"text":"hi"}')):
+            status, refused = post_body(http, headers, media_type, body)
+            assert status == 415 and f'content encoding "{encoding}"' in refused["detail"]
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", " identity ", ""])
+def test_body_that_is_encoded_as_identity_is_read(http, encoding):
+    headers = {**join(http, "alice"), "Content-Encoding": encoding}
+    assert post_body(http, headers, JSON, b'{"text":"hi"}')[1]["text"] == "hi"
+
+
 ODD_VALUES = [
     '"a\\u0000"',
     '"\\ud800"',
@@ -3915,6 +4111,16 @@ def test_password_is_kept_exactly(http):
     http.post_json("/auth/token/", {"username": "alice", "password": "spaced out"}, status=401)
 
 
+def test_new_password_of_which_some_could_not_be_read_is_refused(http):
+    headers, password = join(http, "alice"), "пароль-\ufffd\ufffd"
+    registration = {"username": "bob", "password": password}
+    change = {"current_password": PASSWORD, "new_password": password}
+    for send in (http.post_json, http.post):
+        for path, sent in (("register", registration), ("set-password", change)):
+            refused = send(f"/api/users/{path}/", sent, headers=headers, status=400).json
+            assert "U+FFFD" in "".join(refused.popitem()[1])
+
+
 def test_login_is_overtaken_by_a_password_change(http, monkeypatch):
     headers, real = join(http, "alice"), factoryapp.password_matches
 
@@ -4022,6 +4228,18 @@ def test_refresh_makes_an_access_token_until_it_is_blacklisted(http):
         dead = http.post_json(f"/auth/token/{path}/", {"refresh": refresh}, status=401).json
         assert dead == {"detail": "Token is blacklisted", "code": "token_not_valid"}
     assert http.post_json("/auth/token/verify/", {"token": refresh}, status=401).json == dead
+
+
+@pytest.mark.parametrize("token", ["{}\n", "{}\r\n", "  {}", "\t{} \n\n"])
+def test_token_in_a_body_is_taken_with_the_blanks_around_it(http, token):
+    register(http, "alice")
+    for send in (http.post, http.post_json):
+        tokens = send("/auth/token/", {"username": "alice", "password": PASSWORD}).json
+        refresh, access = (token.format(tokens[kind]) for kind in ("refresh", "access"))
+        assert "access" in send("/auth/token/refresh/", {"refresh": refresh}).json
+        send("/auth/token/verify/", {"token": access}, status=200)
+        send("/auth/token/blacklist/", {"refresh": refresh}, status=200)
+        send("/auth/token/verify/", {"token": refresh}, status=401)
 
 
 @alone_and_crowded
@@ -4180,8 +4398,11 @@ def test_longest_text_is_taken_in_any_encoding(http, character):
         ("silent", None),
         ("silent", 5),
         ("silent", [1]),
+        ("silent", {}),
+        ("silent", ""),
         ("send_at", "soon"),
         ("send_at", "2027-01-15 12:00:00Z"),
+        ("send_at", "2027-01-15T12:00:00  03:00"),
         ("send_at", 5),
         ("send_at", None),
         ("send_at", "2027-01-15T12:00:00"),
@@ -4206,6 +4427,17 @@ def test_send_at_that_has_passed_means_at_once(http, telegram, bot_api, clock, l
     post(http, log_in(http, "alice"), "late", send_at=send_at)
     deliver_all(telegram)
     assert bot_api.texts(7)[0].endswith("late")
+
+
+@pytest.mark.parametrize(
+    "typed", ["12:00:00+03:00", "12:00+0300", "12:00:00%2B03:00", "09:00:00z", "06:30:00-02:30"]
+)
+def test_send_at_in_a_form_is_the_time_that_was_typed(http, clock, typed):
+    headers = {**join(http, "alice"), "Idempotency-Key": "a-key"}
+    first = post(http, headers, "later", send_at="2027-01-15T09:00:00Z")
+    form = f"text=later&send_at=2027-01-15T{typed}".encode()
+    assert post_body(http, headers, FORM, form) == (201, first)
+    assert post_body(http, headers, FORM, form.replace(b"15T", b"16T"))[0] == 422
 
 
 @alone_and_crowded
@@ -4723,6 +4955,33 @@ def test_no_route_hashes_on_the_serving_thread(http, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "path, media_type, body, lane",
+    [
+        ("/api/messages/", JSON, b'{"text":"a"}', None),
+        ("/api/messages/", FORM, b"text=a", None),
+        ("/api/messages/", MULTIPART, part(b"a"), "patient"),
+        ("/api/messages/", MULTIPART.title(), part(b"a"), "patient"),
+        ("/api/messages/", FORM, b"text=" + b"\xd1\x8f%" * 6000, "patient"),
+        ("/auth/token/verify/", MULTIPART, part(b"a"), "patient"),
+        ("/api/users/register/", MULTIPART, part(b"a"), "hashing"),
+    ],
+    ids=range(7),
+)
+def test_body_that_is_slow_to_read_is_read_in_a_lane(
+    http, monkeypatch, path, media_type, body, lane
+):
+    headers, lanes, real = join(http, "alice"), [], factoryapp.read_body
+
+    def noted(max_bytes):
+        lanes.append(factoryapp.request.environ["factoryapp.lane"])
+        return real(max_bytes)
+
+    monkeypatch.setattr(factoryapp, "read_body", noted)
+    post_body(http, headers, media_type, body, path)
+    assert lanes == [lane]
+
+
+@pytest.mark.parametrize(
     "method, path, function",
     [
         ("POST", "/api/users/unlink-telegram/", "unlink_chat"),
@@ -4784,6 +5043,49 @@ def test_pipelined_requests_do_not_wait_for_others_to_arrive(http):
     started_at = time.monotonic()
     answer = talk(http, get + get + raw("GET", "/x", {"Connection": "close"}))
     assert statuses(answer) == [401, 401, 404] and time.monotonic() - started_at < 1.5
+
+
+EXPECT = {"Expect": "100-continue", "Connection": "close"}
+
+
+@pytest.mark.parametrize(
+    "request_bytes, status",
+    [
+        (b"GET /x HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\n\r\n", 404),
+        (raw("GET", "/x", EXPECT), 404),
+        (raw("POST", "/api/users/unlink-telegram/", EXPECT), 401),
+        (raw("POST", "/auth/token/", EXPECT, b"{}"), 400),
+        (raw("POST", "/auth/token/", {**EXPECT, "Content-Length": 50_000_000}), 413),
+        (raw("POST", "/auth/token/", {**EXPECT, "Content-Length": "odd"}), 400),
+        (raw("POST", "/auth/token/", {**EXPECT, "Transfer-Encoding": "chunked"}), 400),
+        (raw("POST", "/auth/token/", {**EXPECT, "X": "y" * 20_000}), 431),
+        (raw("POST", "/auth/token/", {**EXPECT, "Transfer-Encoding": "gzip"}), 501),
+        (raw("GET", "/x", EXPECT, version="1.0"), 404),
+    ],
+    ids=range(10),
+)
+def test_nobody_is_told_to_continue_of_whom_nothing_more_is_wanted(http, request_bytes, status):
+    assert statuses(talk(http, request_bytes)) == [status]
+
+
+@pytest.mark.parametrize(
+    "lines, body",
+    [
+        ({"Content-Length": 14}, b'{"text":"one"}'),
+        (
+            {"Transfer-Encoding": "chunked", "Content-Length": None},
+            b'e\r\n{"text":"one"}\r\n0\r\n\r\n',
+        ),
+    ],
+)
+def test_whose_body_is_still_to_come_is_told_to_continue(http, lines, body):
+    lines = {"Content-Type": JSON, **join(http, "alice"), **EXPECT, **lines}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value)
+    with socket.create_connection(http.address, timeout=3) as sock:
+        sock.sendall(f"POST /api/messages/ HTTP/1.1\r\n{head}\r\n".encode())
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert statuses(sock.recv(65536)) == [201]
 
 
 @contextmanager
