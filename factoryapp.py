@@ -41,6 +41,7 @@ import argparse
 import base64
 import codecs
 import encodings
+import getpass
 import hashlib
 import ipaddress
 import json
@@ -106,7 +107,8 @@ except ModuleNotFoundError as error:
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit
 # in its name.
 
-SCHEMA_VERSION = 2
+VERSION = "1.1.0"
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
@@ -136,6 +138,7 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 IDEMPOTENCY_SECONDS = 24 * 3600
+DELIVERIES = "queued", "sent", "failed", "unlinked", "cancelled"
 
 # The database. A list is read in pieces of so many rows, or of so many bytes.
 LIST_PIECE_ROWS = 200
@@ -145,6 +148,9 @@ SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
 WAL_LONG_FRAMES = 1500  # of 4 KiB
 WAL_RESTART_MILLISECONDS = 100
+FORGET_ROWS = 50  # messages that go at once with --keep-days
+FORGET_PAUSE_SECONDS = 0.02
+FORGET_SECONDS = 3600  # between two searches for such
 
 # Telegram
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
@@ -164,7 +170,8 @@ MISSING_SECONDS = 600  # until "chat not found" is believed
 TEXT_ONLY_SECONDS = 5  # that is said once in a chat
 HEARD_SECONDS = 3 * 24 * 3600
 UPDATE_TRIES = 3
-CHECK_SECONDS = 60  # between two comparisons of Turns with the outbox
+CHECK_SECONDS = 1  # between two comparisons of Turns with the outbox, or longer if they take long
+SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
 # The server
@@ -191,6 +198,8 @@ class settings:
     secret = None  # bytes, in place of the key in the database
     key = None  # bytes that sign the JWTs, known once the store is open
     trusted_proxies = ()  # networks whose X-Forwarded-… is believed
+    registration = "open"  # or "closed"
+    keep_days = 0  # 0: for ever
 
 
 def now():
@@ -377,6 +386,7 @@ class Turns:
             self.suspects = []
             # chat: (why its turn came, the outbox row being sent to it, None before it is known)
             self.busy = {}
+            self.held = []  # ids of messages of which nothing is to be sent now
             self.queued = set()  # busy chats that something was queued for meanwhile
             self.hurried = set()  # chats that were busy when hurry() was called
             self.sent_at = deque(maxlen=SENDS_PER_SECOND)
@@ -385,7 +395,7 @@ class Turns:
             self.slow = {}  # chat: until when it gets one message a second
             self.refused = {}  # chat: until when it waits, of the 429s since a send passed
             self.barred_until = 0  # the whole bot
-            self.checked_at, self.clock_is_ahead = ticks(), now() - ticks()
+            self.check_at, self.clock_is_ahead = ticks(), now() - ticks()
             self.looked_at = math.inf  # when the next waiting sender looks again
             for chat_id, again in queues:
                 self.put(chat_id, again)
@@ -466,22 +476,39 @@ class Turns:
         # The next turn may have come as well.
         self.changed.notify()
 
-    def claim(self, chat_id, delivery_id):
-        """False when the delivery is being sent already, to the chat its account had before."""
+    def claim(self, chat_id, delivery):
+        """False when it is being sent already, to the chat its account had before, or is held."""
         with self.changed:
-            if delivery_id in (busy_with for _, busy_with in self.busy.values()):
+            sent = [row["id"] for _, row in self.busy.values() if row]
+            if delivery["id"] in sent or delivery["message_id"] in self.held:
                 return False
-            self.busy[chat_id] = self.busy[chat_id][0], delivery_id
+            self.busy[chat_id] = self.busy[chat_id][0], delivery
             return True
+
+    @contextmanager
+    def hold(self, message_id):
+        """Let nothing of a message be sent meanwhile.
+
+        Yields False when its recipient's copy is being sent already.
+        """
+        with self.changed:
+            self.held.append(message_id)
+            rows = [row for _, row in self.busy.values() if row]
+            is_free = all(row["message_id"] != message_id or row["is_own_copy"] for row in rows)
+        try:
+            yield is_free
+        finally:
+            with self.changed:
+                self.held.remove(message_id)
 
     def give_back(self, chat_id, again):
         """The sender is done with the chat. `again` is None when all is said."""
         with self.changed:
-            _, delivery_id = self.busy.pop(chat_id, (None, None))
+            _, delivery = self.busy.pop(chat_id, (None, None))
             why = again.why if again else "early"
             if why == "told":
                 self.note_refusal(chat_id, ticks() + again.seconds)
-            elif why == "early" and delivery_id:
+            elif why == "early" and delivery:
                 self.refused.clear()
                 self.passed_at = now()
             if why == "early" and chat_id in self.queued:
@@ -510,29 +537,23 @@ class Turns:
         with self.changed:
             clock_is_ahead = now() - ticks()
             is_stepped = abs(clock_is_ahead - self.clock_is_ahead) > CLOCK_SECONDS
-            if not is_stepped and ticks() - self.checked_at < CHECK_SECONDS:
-                return None
-            self.checked_at = ticks()
-            self.slow = {chat: until for chat, until in self.slow.items() if until > ticks()}
-            if not is_stepped:
+            if is_stepped:
                 # Steps too small to count add up.
-                return "due"
-            self.clock_is_ahead = clock_is_ahead
-            return "stepped"
+                self.clock_is_ahead = clock_is_ahead
+            elif ticks() < self.check_at:
+                return None
+            self.check_at = ticks() + CHECK_SECONDS
+            self.slow = {chat: until for chat, until in self.slow.items() if until > ticks()}
+            return "stepped" if is_stepped else "due"
 
-    def find_lost(self, queues, slack=2 * CLOCK_SECONDS, mend=False):
-        """Which of these chats, as the outbox has them, are not known, or would wait longer."""
-        lost = []
+    def mend(self, queues):
+        """Take up those of these chats, as the outbox has them, that would wait longer here."""
         with self.changed:
             for chat_id, again in queues:
                 turn = self.due.get(chat_id)
-                latest = ticks() + again.seconds + slack
-                is_known = turn and (turn.why != "early" or turn.due_at <= latest)
+                is_known = turn and (turn.why != "early" or turn.due_at <= ticks() + again.seconds)
                 if not is_known and chat_id not in self.busy:
-                    lost.append(chat_id)
-                    if mend:
-                        self.put(chat_id, again)
-        return lost
+                    self.put(chat_id, again)
 
     def hurry(self):
         """Telegram is back: what waited for that is due now. Whom it told to wait, waits."""
@@ -556,6 +577,10 @@ turns = Turns()
 
 class BadSetting(Exception):
     """The server cannot start as it was told to; the text tells the operator what to do."""
+
+
+class AlreadyRunning(BadSetting):
+    """Another process has the database."""
 
 
 class Connection(sqlite3.Connection):
@@ -583,8 +608,8 @@ class opened:
     frames = 0  # in the write-ahead log at the last checkpoint
 
 
-# This thread's `db`, the `path` it is open on, and its `patience`: seconds it waits for others who
-# write.
+# This thread's `db`, the `path` it is open on, its `patience`: seconds it waits for others who
+# write, and the `version` at which check_turns() saw it last.
 local = threading.local()
 write_lock = threading.Lock()
 
@@ -624,7 +649,7 @@ def connect(mode):
 def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
-        local.db, local.path = connect("rw"), settings.db
+        local.db, local.path, local.version = connect("rw"), settings.db, None
         # A commit is on disk when it returns: on macOS that takes the other two.
         local.db.execute("PRAGMA synchronous = FULL")
         local.db.execute("PRAGMA fullfsync = ON")
@@ -732,6 +757,39 @@ LADDER = {
     ALTER TABLE outbox ADD COLUMN pause REAL NOT NULL DEFAULT 0;
     ALTER TABLE outbox ADD COLUMN failing_since REAL;
     ALTER TABLE outbox ADD COLUMN missing_since REAL
+    """,
+    2: """
+    ALTER TABLE bots DROP COLUMN username;
+    ALTER TABLE outbox ADD COLUMN is_own_copy INTEGER NOT NULL DEFAULT 0
+        CHECK (is_own_copy IN (0, 1));
+    -- An own copy was queued right behind the recipient's. Answers of the bot have no send_at.
+    UPDATE outbox SET is_own_copy = 1, message_id = (
+        SELECT message_id FROM outbox AS copy
+        WHERE copy.id < outbox.id AND copy.message_id IS NOT NULL AND copy.send_at = outbox.send_at
+        ORDER BY copy.id DESC LIMIT 1)
+    WHERE message_id IS NULL AND send_at > 0;
+    CREATE INDEX outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
+    CREATE TABLE new_messages (
+        id           INTEGER PRIMARY KEY AUTOINCREMENT,
+        sender_id    INTEGER NOT NULL REFERENCES users,
+        recipient_id INTEGER NOT NULL REFERENCES users,
+        text         TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),
+        created_at   TEXT NOT NULL,
+        source       TEXT NOT NULL CHECK (source IN ('api', 'telegram')),
+        delivery     TEXT NOT NULL
+            CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
+        failure      TEXT,
+        send_at      TEXT
+    ) STRICT;
+    INSERT INTO new_messages
+        SELECT id, sender_id, recipient_id, text, created_at, source, delivery,
+            (SELECT error FROM outbox WHERE message_id = messages.id AND given_up_at IS NOT NULL
+                AND delivery = 'failed' ORDER BY id LIMIT 1),
+            (SELECT strftime('%Y-%m-%dT%H:%M:%f000Z', max(send_at), 'unixepoch') FROM outbox
+                WHERE message_id = messages.id AND send_at > 0)
+        FROM messages ORDER BY id;
+    DROP TABLE messages;
+    ALTER TABLE new_messages RENAME TO messages
     """,
 }
 
@@ -842,7 +900,7 @@ def lock_database():
     except sqlite3.Error as error:
         if error.sqlite_errorname != "SQLITE_BUSY":
             raise cannot_be_used(f"{path}: {error}") from None
-        raise BadSetting(
+        raise AlreadyRunning(
             f"FactoryApp is already running on the database {settings.db}: end that one, or name "
             "another file with --db."
         ) from None
@@ -983,21 +1041,10 @@ def spend_link_token(db, token):
     return spent is not None and spent["expires_at"] > now()
 
 
-def find_bot(db, bot_id):
-    """The bot's row (username, next_update_id), or None when it has never spoken."""
-    return db.one("SELECT username, next_update_id FROM bots WHERE id = ?", bot_id)
-
-
-def set_bot_name(db, bot_id, username):
-    """Remember what people call the bot, without the @."""
-    db.run(
-        """
-        INSERT INTO bots (id, username) VALUES (?, ?)
-        ON CONFLICT (id) DO UPDATE SET username = excluded.username
-        """,
-        bot_id,
-        username,
-    )
+def find_offset(db, bot_id):
+    """Which update the bot asks for next, None when that is not known."""
+    bot = db.one("SELECT next_update_id FROM bots WHERE id = ?", bot_id)
+    return bot and bot["next_update_id"]
 
 
 def set_offset(db, bot_id, next_update_id):
@@ -1035,6 +1082,11 @@ def delete_chat(db, bot_id, chat_id):
 def find_chat(db, user_id):
     """(bot id, chat id) of the chat linked to the user, or None."""
     return db.one("SELECT bot_id, chat_id FROM chats WHERE user_id = ?", user_id)
+
+
+def count_elsewhere(db, bot_id):
+    """How many accounts are linked to another bot than this."""
+    return db.one("SELECT count(*) FROM chats WHERE bot_id <> ?", bot_id)[0]
 
 
 def find_chat_user(db, bot_id, chat_id):
@@ -1126,12 +1178,13 @@ def set_edited(db, bot_id, chat_id, message_id, text):
     )
 
 
-def add_message(db, sender_id, recipient_id, text, source, delivery):
+def add_message(db, sender_id, recipient_id, text, source, delivery, send_at):
     """Store a message. Returns its id."""
     return db.run(
         """
-        INSERT INTO messages (sender_id, recipient_id, text, created_at, source, delivery)
-        VALUES (?, ?, ?, ?, ?, ?)
+        INSERT INTO messages
+        (sender_id, recipient_id, text, created_at, source, delivery, send_at)
+        VALUES (?, ?, ?, ?, ?, ?, ?)
         """,
         sender_id,
         recipient_id,
@@ -1139,6 +1192,7 @@ def add_message(db, sender_id, recipient_id, text, source, delivery):
         iso(now()),
         source,
         delivery,
+        iso(send_at) if send_at else None,
     ).lastrowid
 
 
@@ -1146,7 +1200,8 @@ def add_message(db, sender_id, recipient_id, text, source, delivery):
 SELECT_MESSAGE = """
     SELECT m.id AS id, CAST(json_object(
         'id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
-        'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery) AS BLOB)
+        'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery,
+        'failure', m.failure, 'send_at', m.send_at) AS BLOB)
     FROM messages AS m
     JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
     """
@@ -1175,22 +1230,29 @@ USERS = Listing(
 )
 
 
-def select_own(select):
+def select_own(select, more):
     """SQL for what :user sent or received.
 
     Each half comes in the order of its index, so that they are merged and never sorted.
     """
     return f"""
-        {select} WHERE m.sender_id = :user AND m.id > :after AND m.id < :before
+        {select} WHERE m.sender_id = :user AND m.id > :after AND m.id < :before {more}
         UNION ALL
         {select} WHERE m.recipient_id = :user AND m.recipient_id <> m.sender_id
-        AND m.id > :after AND m.id < :before
+        AND m.id > :after AND m.id < :before {more}
         """
 
 
-OWN_MESSAGES = Listing(
-    select_own("SELECT m.id AS id FROM messages AS m"), f"{select_own(SELECT_MESSAGE)} ORDER BY id"
-)
+def own_messages(more=""):
+    """The user's messages, where more SQL says so."""
+    return Listing(
+        select_own("SELECT m.id AS id FROM messages AS m", more),
+        f"{select_own(SELECT_MESSAGE, more)} ORDER BY id",
+    )
+
+
+OWN_MESSAGES = own_messages()
+OWN_MESSAGES_BY_DELIVERY = own_messages("AND m.delivery = :delivery")
 
 
 def find_page_end(db, listing, page, order):
@@ -1208,6 +1270,51 @@ def list_rows(db, listing, page):
     # Tuples: a list of 100 is a tenth faster.
     rows.row_factory = None
     return rows.execute(listing.rows, page)
+
+
+def cancel_message(db, message_id):
+    """Nothing more of it is sent. False when that is too late for the recipient's copy."""
+    is_cancelled = db.changes(
+        """
+        UPDATE messages SET delivery = 'cancelled'
+        WHERE id = ?1 AND delivery = 'queued' AND NOT EXISTS (
+            SELECT 1 FROM outbox WHERE message_id = ?1 AND NOT is_own_copy AND send_at < 0)
+        """,
+        message_id,
+    )
+    if is_cancelled:
+        db.run("DELETE FROM outbox WHERE message_id = ? AND given_up_at IS NULL", message_id)
+    return is_cancelled
+
+
+def list_old_messages(db, after):
+    """The ids of some messages beyond this one that --keep-days is over for."""
+    rows = db.run(
+        """
+        SELECT id FROM messages WHERE id > ? AND created_at < ? AND NOT EXISTS (
+            SELECT 1 FROM outbox WHERE message_id = messages.id AND given_up_at IS NULL)
+        ORDER BY id LIMIT ?
+        """,
+        after,
+        iso(now() - settings.keep_days * 86_400),
+        FORGET_ROWS,
+    )
+    return [row["id"] for row in rows]
+
+
+def delete_messages(db, ids):
+    """Forget messages, and what stands on them."""
+    for column in (
+        "relayed.message_id",
+        "idempotency_keys.message_id",
+        "outbox.message_id",
+        "messages.id",
+    ):
+        table = column.split(".")[0]
+        db.run(
+            f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
+            json.dumps(ids),
+        )
 
 
 def add_idempotency_key(db, user_id, key, request_hash, message_id, delivery):
@@ -1253,18 +1360,22 @@ def forget_idempotency_keys(db):
     )
 
 
-def add_delivery(db, bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id):
+def add_delivery(
+    db, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at, thread_id
+):
     """Queue one Telegram message."""
     db.run(
         """
         INSERT INTO outbox
-        (bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id, queued_at)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+        (bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at, thread_id,
+            queued_at)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         bot_id,
         chat_id,
         text,
         message_id,
+        is_own_copy,
         is_last,
         silent,
         send_at,
@@ -1311,8 +1422,8 @@ def find_head(db, bot_id, chat_id):
     """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
     return db.one(
         """
-        SELECT id, bot_id, chat_id, text, message_id, is_last, silent, send_at, thread_id,
-            attempts, due_at, pause, failing_since, missing_since
+        SELECT id, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at,
+            thread_id, attempts, due_at, pause, failing_since, missing_since
         FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         ORDER BY send_at, id LIMIT 1
         """,
@@ -1321,13 +1432,17 @@ def find_head(db, bot_id, chat_id):
     )
 
 
-def count_waiting(db):
-    """(how many deliveries are due, since when the oldest is) in seconds since 1970, or None."""
+def count_waiting(db, bot_id):
+    """(how many deliveries of the bot are due, since when the oldest is, or None).
+
+    In seconds since 1970.
+    """
     return db.one(
         """
         SELECT count(*), min(max(queued_at, send_at)) FROM outbox
-        WHERE given_up_at IS NULL AND send_at <= ?
+        WHERE bot_id = ? AND given_up_at IS NULL AND send_at <= ?
         """,
+        bot_id,
         now(),
     )
 
@@ -1342,12 +1457,13 @@ SETTLE_SENT = (
     """,
     """
     UPDATE messages SET delivery = 'sent'
-    WHERE id = :message_id AND delivery = 'queued' AND :is_last
+    WHERE id = :message_id AND delivery = 'queued' AND :is_last AND NOT :is_own_copy
     """,
     """
     INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
     SELECT :bot_id, :chat_id, :telegram_message_id, id FROM messages
-    WHERE id = :message_id AND sender_id <> recipient_id AND :telegram_message_id IS NOT NULL
+    WHERE id = :message_id AND sender_id <> recipient_id AND NOT :is_own_copy
+    AND :telegram_message_id IS NOT NULL
     """,
 )
 
@@ -1384,7 +1500,7 @@ def set_given_up(db, reason, delivery_id, bot_id, chat_id):
         """
         UPDATE outbox SET given_up_at = ?, error = ?
         WHERE given_up_at IS NULL AND (id = ? OR (bot_id = ? AND chat_id = ?))
-        RETURNING message_id
+        RETURNING message_id, is_own_copy
         """,
         iso(now()),
         reason,
@@ -1392,17 +1508,21 @@ def set_given_up(db, reason, delivery_id, bot_id, chat_id):
         bot_id,
         chat_id,
     ).fetchall()
-    return [row["message_id"] for row in rows]
+    return [row["message_id"] for row in rows if not row["is_own_copy"]]
 
 
-def fail_messages(db, message_ids):
-    """Their copies were given up. (sender id, recipient id) of each that was not known to be."""
+def fail_messages(db, message_ids, reason):
+    """Their copies were given up.
+
+    (sender id, recipient id, id) of each of which that was not known.
+    """
     return db.run(
         """
-        UPDATE messages SET delivery = 'failed'
+        UPDATE messages SET delivery = 'failed', failure = ?
         WHERE id IN (SELECT value FROM json_each(?)) AND delivery <> 'failed'
-        RETURNING sender_id, recipient_id
+        RETURNING sender_id, recipient_id, id
         """,
+        reason,
         json.dumps(message_ids),
     ).fetchall()
 
@@ -1606,17 +1726,27 @@ login_throttle = LoginThrottle()
 
 
 def queue_text(
-    db, chat, text, username="", message_id=None, silent=False, send_at=0, thread_id=None
+    db,
+    chat,
+    text,
+    username="",
+    message_id=None,
+    is_own_copy=False,
+    silent=False,
+    send_at=0,
+    thread_id=None,
 ):
     """Queue what the bot shall say in a chat, in as many parts as Telegram needs.
 
     `chat` is (bot id, chat id), or None: then there is nowhere to say it. `username` is whose text
-    it is, `message_id` the message whose recipient's copy it is.
+    it is, `message_id` the message that it is a copy of, for its recipient or for its sender.
     """
     parts = split_text(text, username) if chat else ()
     for n, part_text in enumerate(parts, 1):
         is_last = n == len(parts)
-        add_delivery(db, *chat, part_text, message_id, is_last, silent, send_at, thread_id)
+        add_delivery(
+            db, *chat, part_text, message_id, is_own_copy, is_last, silent, send_at, thread_id
+        )
 
 
 def relay(db, sender, recipient, text, source, silent=False, send_at=0):
@@ -1628,13 +1758,15 @@ def relay(db, sender, recipient, text, source, silent=False, send_at=0):
     username, own_copy = sender["username"], OWN_COPY
     chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
-    message_id = own_id = add_message(db, sender["id"], recipient["id"], text, source, delivery)
-    if sender["id"] != recipient["id"]:
+    users = sender["id"], recipient["id"]
+    message_id = add_message(db, *users, text, source, delivery, send_at)
+    is_to_another = sender["id"] != recipient["id"]
+    if is_to_another:
         its_copy = FROM_ANOTHER.format(username=username, text=text)
-        queue_text(db, chat, its_copy, username, message_id, silent, send_at)
-        chat, own_copy, own_id = find_chat(db, sender["id"]), OWN_COPY_FOR, None
+        queue_text(db, chat, its_copy, username, message_id, False, silent, send_at)
+        chat, own_copy = find_chat(db, sender["id"]), OWN_COPY_FOR
     own_copy = own_copy.format(username=username, recipient=recipient["username"], text=text)
-    queue_text(db, chat, own_copy, username, own_id, silent, send_at)
+    queue_text(db, chat, own_copy, username, message_id, is_to_another, silent, send_at)
     return message_id, delivery
 
 
@@ -1657,9 +1789,11 @@ def give_up(db, reason, delivery_id, bot_id=None, chat_id=None):
     Its messages show that, and who sent them is told once.
     """
     message_ids = set_given_up(db, reason, delivery_id, bot_id, chat_id)
+    failed = fail_messages(db, message_ids, reason)
+    named = [f"message {row['id']} from user {row[0]} to user {row[1]}" for row in failed[:10]]
     if message_ids:
-        log.warning(f"{len(message_ids)} deliveries given up: {reason}")
-    undelivered = Counter(map(tuple, fail_messages(db, message_ids)))
+        log.warning(f"{len(message_ids)} deliveries given up ({reason}): {', '.join(named)}")
+    undelivered = Counter(tuple(row)[:2] for row in failed)
     for (sender_id, recipient_id), count in undelivered.items():
         sentence = NOT_DELIVERED.format(count=count, **find_user(db, recipient_id))
         queue_text(db, find_chat(db, sender_id), sentence)
@@ -1688,6 +1822,12 @@ class Home(Protocol):
     """Where the bot speaks."""
 
     id: int
+    name: str | None  # what people call it, None before that is known
+    error: str | None  # what is wrong with it, for the operator, without secrets
+    answered: float | None  # when it last answered, in ticks
+
+    def is_well(self) -> bool:
+        """Whether it can be spoken to, as far as is known."""
 
     def send(self, delivery: sqlite3.Row) -> int | None:
         """The home's id of the sent message, if it has one.
@@ -1772,8 +1912,9 @@ def deliver_head(home, chat_id):
     """Deliver what is next in a chat. Says when its turn comes again, None when all is said."""
     head = find_head(connection(), home.id, chat_id)
     if head and head["send_at"] <= now():
-        if not turns.claim(chat_id, head["id"]):
-            return Again(0.5, "early")
+        # It may have been cancelled before we claimed it.
+        if not turns.claim(chat_id, head) or find_head(connection(), home.id, chat_id) != head:
+            return Again(0.5, "failed")
         if again := deliver(home, head):
             return again
         head = find_head(connection(), home.id, chat_id)
@@ -1781,19 +1922,16 @@ def deliver_head(home, chat_id):
 
 
 def check_turns(home, why):
-    """Compare Turns with the outbox, and mend what it has forgotten or thinks to be later.
+    """Compare Turns with the outbox, to which another process may have written.
 
-    After a step of the clock there is such; else it is a fault, and logged.
+    After a step of the clock nothing was written, but chats may be due at another time.
     """
-    queues = list_queues(connection(), home.id)
-    if why == "stepped":
-        turns.find_lost(queues, slack=0, mend=True)
-    elif lost := turns.find_lost(queues):
-        # What was sent or queued while we looked is known by now.
-        time.sleep(1)
-        queues = [queue for queue in list_queues(connection(), home.id) if queue[0] in lost]
-        if lost := turns.find_lost(queues, mend=True):
-            log.error(f"chats with something queued were forgotten, and are not any more: {lost}")
+    version, started = connection().one("PRAGMA data_version")[0], ticks()
+    if why == "stepped" or version != local.version:
+        local.version = version
+        turns.mend(list_queues(connection(), home.id))
+        # A twentieth of the time at most.
+        turns.check_at = ticks() + max(CHECK_SECONDS, 20 * (ticks() - started))
 
 
 def deliver_next(home, wait_seconds=0):
@@ -1820,6 +1958,26 @@ def run_outbox(home, stop):
         except Exception:
             log.exception("outbox round failed")
             stop.wait(1)
+
+
+def forget_next(after):
+    """Forget some old messages beyond this id. The last one's id, 0 when there are no more."""
+    ids = list_old_messages(connection(), after)
+    with transaction() as db:
+        delete_messages(db, ids)
+    return ids[-1] if ids else 0
+
+
+def run_forgetting(stop):
+    """Forget what is older than --keep-days, again each hour, until told to stop."""
+    last = 0
+    while not stop.is_set():
+        try:
+            last = forget_next(last)
+        except sqlite3.Error:
+            log.exception("old messages could not be forgotten; trying again later")
+            last = 0
+        stop.wait(FORGET_PAUSE_SECONDS if last else FORGET_SECONDS)
 
 
 def announce(line):
@@ -2099,6 +2257,17 @@ WHAT_MENDS = {
 }
 
 
+def name_failure(error):
+    """What made a call fail, in words that hold nothing of its URL."""
+    kind, reason = type(error).__name__, ""
+    while error := error.__cause__ or error.__context__:
+        if isinstance(error, socket.gaierror):
+            reason = "name unknown, "
+        elif isinstance(error, ConnectionError | TimeoutError) and error.errno:
+            reason = f"{os.strerror(error.errno).lower()}, "
+    return f"{reason}{kind}{WHAT_MENDS.get(kind, '')}"
+
+
 class Telegram:
     """The bot's home where people meet it: long polling in, sendMessage out.
 
@@ -2111,9 +2280,16 @@ class Telegram:
     def __init__(self, token, api_url):
         bot_id, _, self.secret = token.partition(":")
         self.id, self.token = int(bot_id), token
+        self.name = self.error = self.answered = None
+        self.is_refused, self.started = False, ticks()
         self.failures = 0  # calls of run() that failed in a row
         apihelper.API_URL = api_url.rstrip("/") + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
+
+    def is_well(self):
+        """Whether Telegram has answered lately, and takes the token."""
+        silent = ticks() - (self.answered or self.started)
+        return not self.is_refused and silent <= SILENT_SECONDS
 
     def request(self, method, url, params=None, files=None, timeout=None, proxies=None):
         """telebot's way to the network. Raises TelegramError.
@@ -2129,15 +2305,15 @@ class Telegram:
             deadline.start()
             response = session.request(method, url, timeout=timeout, proxies=proxies, **arguments)
         except Exception as error:
-            failure = type(error).__name__
+            failure = name_failure(error)
         finally:
             deadline.cancel()
         if failure:
             # What is left of the connection is not to be trusted. Raised here and not above: the
             # URL would be in its __context__.
             apihelper._get_req_session(reset=True)
-            what_mends = WHAT_MENDS.get(failure, "")
-            raise TelegramError(None, f"Telegram cannot be reached: {failure}{what_mends}")
+            host = urllib.parse.urlsplit(url).hostname
+            raise TelegramError(None, f"Telegram cannot be reached at {host}: {failure}")
         self.check(response)
         return response
 
@@ -2189,9 +2365,8 @@ class Telegram:
         username = pick(apihelper.get_me(self.token), "username", str)
         if not username:
             raise TelegramError(None, "Telegram's answer makes no sense (the bot has no name)")
-        with transaction() as db:
-            set_bot_name(db, self.id, username)
-        announce(f"bot: @{username} on Telegram")
+        self.name = f"@{username}"
+        announce(f"bot: {self.name} on Telegram")
         try:
             commands = [telebot.types.BotCommand(*command) for command in COMMANDS.items()]
             apihelper.set_my_commands(self.token, commands)
@@ -2210,10 +2385,10 @@ class Telegram:
         the server.
         """
         started_at = time.monotonic()
-        bot = find_bot(connection(), self.id)
+        offset = find_offset(connection(), self.id)
         updates = apihelper.get_updates(
             self.token,
-            offset=bot["next_update_id"],
+            offset=offset,
             timeout=LONG_POLL_SECONDS + 5,
             long_polling_timeout=1 if self.failures else LONG_POLL_SECONDS,
             allowed_updates=self.allowed_updates,
@@ -2222,23 +2397,24 @@ class Telegram:
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
             receive_or_skip(self.id, update)
-        is_new = find_bot(connection(), self.id)["next_update_id"] != bot["next_update_id"]
+        is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
 
-    def explain(self, error):
+    def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
-        if error.code in (401, 404):
-            log.error(
+        if error.code == 409 and "webhook" in error.description.lower():
+            log.warning("this bot has a webhook, which keeps it from polling: deleting it")
+            return self.delete_webhook
+        self.is_refused = error.code in (401, 404, 409)
+        self.error = f"polling failed: {error}"
+        if error.code == 409:
+            self.error = f"another process polls this bot: end it, or use another bot ({error})"
+        elif self.is_refused:
+            self.error = (
                 f"Telegram refuses TELEGRAM_BOT_TOKEN ({error}): get the right one from @BotFather "
                 "and start again. The HTTP API goes on, deliveries wait."
             )
-        elif error.code == 409 and "webhook" in error.description.lower():
-            log.warning("this bot has a webhook, which keeps it from polling: deleting it")
-            return self.delete_webhook
-        elif error.code == 409:
-            log.error(f"another process polls this bot: end it, or use another bot ({error})")
-        else:
-            log.warning(f"polling failed: {error}")
+        log.log(logging.ERROR if self.is_refused else logging.WARNING, self.error)
         return None
 
     def run(self, stop):
@@ -2253,11 +2429,12 @@ class Telegram:
                     log.warning("Telegram answers again")
                     turns.hurry()
                 step, self.failures = self.poll, 0
+                self.error, self.is_refused, self.answered = None, False, ticks()
             except Exception as error:
                 self.failures += 1
                 pause = backoff(self.failures, POLL_BACKOFF_MAX_SECONDS)
                 if isinstance(error, TelegramError):
-                    step = self.explain(error) or step
+                    step = self.note_failure(error) or step
                     if error.retry_after is not None:
                         pause = max(error.retry_after, 1)
                 else:
@@ -2271,10 +2448,14 @@ class Terminal:
     Lines typed are what a Telegram user would write, and what the bot says is printed.
     """
 
-    id = 0
+    id, name = 0, "terminal"
+    error = answered = None
     greeting = (
         "bot: this terminal; type what you would write to it in Telegram, /start to begin with"
     )
+
+    def is_well(self):
+        return True
 
     def send(self, delivery):
         """Print a text, without control characters, which could play tricks on the terminal.
@@ -2289,24 +2470,22 @@ class Terminal:
 
     def run(self, stop):
         """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
-        if sys.stdin is None:
-            return
         # Unbuffered: a daemon thread that sleeps in a buffered read crashes the interpreter's exit.
-        with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
-            while not stop.is_set():
-                try:
-                    line = stdin.readline()
-                except OSError:
-                    # In the background of a shell there is nothing to read, but may be again.
-                    stop.wait(1)
-                    continue
-                if not line:
-                    announce(
-                        "bot: the input has ended; what is written in the API is still repeated "
-                        "here"
-                    )
-                    return
-                self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
+        stdin = sys.stdin and open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+        while stdin and not stop.is_set():
+            try:
+                line = stdin.readline()
+            except OSError:
+                # In the background of a shell there is nothing to read, but may be again.
+                stop.wait(1)
+                continue
+            if not line:
+                break
+            self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
+        log.warning(
+            "nobody can write to the bot: standard input has ended. It still repeats here what is "
+            "written in the API. For a bot on Telegram set TELEGRAM_BOT_TOKEN"
+        )
 
     def hear(self, text, stop):
         """Take in one typed line, however long the database may be away."""
@@ -2318,6 +2497,12 @@ class Terminal:
             except sqlite3.Error:
                 log.exception("a typed line could not be stored; trying again")
                 stop.wait(1)
+
+
+class running:
+    """What main() has started; tests set it too."""
+
+    home = Terminal()
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -2339,7 +2524,7 @@ PAGE = """<!doctype html>
     --edge: #74818b; --accent: #68cdbd; --on-accent: #06231f; --mine: #17362f; --good: #74d19b;
     --wait: #e6b866; --bad: #ff9389; } }
 * { box-sizing: border-box; margin: 0; }
-[hidden], p:empty, span:empty { display: none !important; }
+[hidden], p:empty, span:empty, .closed .open { display: none !important; }
 body { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem; background: var(--page);
     color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; }
@@ -2391,16 +2576,16 @@ code { display: block; padding: .5rem .75rem; border: 1px dashed var(--edge);
 <noscript><p class="card">This page needs JavaScript. The API does not.</p></noscript>
 
 <form id="sign-in" class="card">
-    <h2>Log in or register</h2>
+    <h2>Log in <span class="open">or register</span></h2>
     <label>Username <input name="username" autocomplete="username" autocapitalize="none"
         spellcheck="false" required></label>
     <label>Password <input name="password" type="password" autocomplete="current-password"
         required></label>
-    <p class="quiet">New here? Choose a name and a password of at least 8 characters, then
+    <p class="quiet open">New here? Choose a name and a password of at least 8 characters, then
         register.</p>
     <p class="error" role="alert"></p>
     <p class="row"><button class="main">Log in</button>
-        <button name="register">Register</button></p>
+        <button name="register" class="open">Register</button></p>
 </form>
 
 <div id="signed-in" hidden>
@@ -2442,7 +2627,8 @@ code { display: block; padding: .5rem .75rem; border: 1px dashed var(--edge);
 const WATCH_MS = 2000, TIMEOUT_MS = 20000;
 const SHOWN = 50, MOST = 1000;  // messages: on the page, in one answer
 // Deliveries that change no more.
-const SETTLED = {sent: "sent", failed: "failed", unlinked: "unlinked: no chat to send it to"};
+const SETTLED = {sent: "sent", failed: "failed", cancelled: "cancelled",
+    unlinked: "unlinked: no chat to send it to"};
 const $ = (id) => document.getElementById(id);
 const write = (element, words) => {
     if (element.textContent !== words) element.textContent = words;
@@ -2490,16 +2676,21 @@ async function ask(method, path, body, headers) {
     return value;
 }
 
-function showAccount({username, telegram_linked}) {
+const LINKED = {
+    linked: "A chat is linked: the bot repeats your messages there.",
+    elsewhere: "A chat is linked to another bot. Link one to this bot: what waits moves along.",
+    none: "No chat is linked yet, so the bot has nowhere to repeat your messages.",
+};
+function showAccount({username, telegram}) {
     write($("me"), session.username = username);
-    write($("linked"), telegram_linked ? "A chat is linked: the bot repeats your messages there."
-        : "No chat is linked yet, so the bot has nowhere to repeat your messages.");
-    $("telegram").elements.token.hidden = telegram_linked;
-    $("telegram").elements.unlink.hidden = !telegram_linked;
-    $("link").hidden ||= telegram_linked;
+    write($("linked"), LINKED[telegram]);
+    $("telegram").elements.token.hidden = telegram === "linked";
+    $("telegram").elements.unlink.hidden = telegram === "none";
+    $("link").hidden ||= telegram === "linked";
 }
 
-function showLink({telegram_token, expires_at, link}) {
+function showLink({telegram_token, expires_at, link, bot}) {
+    if (!bot) throw refusal(0, "Telegram is not reached yet. Try again in a moment.");
     const [button, how, code, until] = $("link").querySelectorAll("a, .how, code, .quiet");
     button.href = link || "";
     button.parentElement.hidden = !link;
@@ -2622,7 +2813,7 @@ onSubmit("session", async () => {
 onSubmit("telegram", async (fields, button) => {
     if (button === "token") return showLink(await ask("GET", "api/users/get-telegram-token/"));
     await ask("POST", "api/users/unlink-telegram/");
-    showAccount({...session, telegram_linked: false});
+    showAccount({...session, telegram: "none"});
 });
 
 onSubmit("compose", async ({recipient, text}) => {
@@ -3143,8 +3334,10 @@ def media_type():
 def read_charset():
     """The body's charset where Python knows it, else UTF-8, as the original has it."""
     given = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", request.content_type)
+    if not given:
+        return "utf-8"
     try:
-        name = codecs.lookup(given[1]).name if given else "utf-8"
+        name = codecs.lookup(given[1]).name
         # Without a byte, Base64 and its like would pass for text.
         b"\0\0\0\0".decode(name)
     except (LookupError, UnicodeError):
@@ -3165,12 +3358,13 @@ def read_body(max_bytes):
         raise refusal(413, f"The request is too large: {max_bytes} bytes are the most.")
     if request.content_length <= 0:
         return {}
-    if media_type() == "application/json":
+    kind = media_type()
+    if kind == "application/json":
         return read_json(request.body.read())
     try:
-        if media_type() == "application/x-www-form-urlencoded":
+        if kind == "application/x-www-form-urlencoded":
             return read_form(request.body.read())
-        if media_type() == MULTIPART:
+        if kind == MULTIPART:
             return Form(request.POST)
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
@@ -3315,11 +3509,12 @@ A_MESSAGE = an_object(
     text={"type": "string", "example": "Линия 4 остановлена"},
     created_at=A_TIME,
     source={"enum": ["api", "telegram"]},
-    delivery={
-        "enum": ["queued", "sent", "failed", "unlinked"],
-        "description": "of the recipient's copy",
-    },
+    delivery={"enum": DELIVERIES, "description": "of the recipient's copy"},
+    failure={"type": ["string", "null"], "example": "403 Forbidden: bot was blocked by the user"},
+    send_at=A_TIME | {"type": ["string", "null"]},
 )
+
+A_BOT = {"type": ["string", "null"], "example": "@factory_bot"}
 
 # Fields of what is asked.
 USERNAME_FIELD = Text(
@@ -3344,14 +3539,7 @@ TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 def show_page():
     """The page for people with a browser."""
     response.headers.update(PAGE_HEADERS)
-    return PAGE.encode()
-
-
-def bot_name(bot):
-    """What people call the bot that runs now, None before Telegram was reached."""
-    if turns.bot_id == Terminal.id:
-        return "terminal"
-    return f"@{bot['username']}" if bot and bot["username"] else None
+    return PAGE.replace("<main>", f'<main class="{settings.registration}">').encode()
 
 
 @app.get("/health/")
@@ -3359,8 +3547,12 @@ def bot_name(bot):
 @answers(
     200,
     an_object(
-        status={"const": "ok"},
-        bot={"type": ["string", "null"], "example": "@factory_bot"},
+        status={"enum": ["ok", "degraded"]},
+        version={"const": VERSION},
+        bot=A_BOT,
+        bot_reachable={"type": "boolean"},
+        bot_error={"type": ["string", "null"]},
+        bot_answered_at=A_TIME | {"type": ["string", "null"]},
         queued={"type": "integer"},
         oldest_queued_seconds={"type": "number"},
     ),
@@ -3369,33 +3561,40 @@ def bot_name(bot):
 def show_health():
     """Whether the database answers, which bot speaks, and how much it has still to say.
 
-    The bot is null while Telegram was not reached yet.
+    The bot is null while Telegram was not reached yet. Degraded: it has not answered for a minute,
+    or is refused.
     """
+    home = running.home
+    health = {
+        "status": "ok" if home.is_well() else "degraded",
+        "version": VERSION,
+        "bot": home.name,
+        "bot_reachable": home.name is not None and home.error is None,
+        "bot_error": home.error,
+        "bot_answered_at": home.answered and iso(now() - ticks() + home.answered),
+    }
     try:
         check_file()
         # A new connection: ours may answer from memory.
         with closing(connect("ro")) as db:
-            bot = find_bot(db, turns.bot_id)
-            queued, oldest = count_waiting(db)
+            queued, oldest = count_waiting(db, home.id)
     except sqlite3.Error as error:
         log.error(f"the database does not answer: {error}")
         reason = f"The database does not answer: {error}."
-        raise HTTPError(503, {"status": "error", "reason": reason}) from None
-    return {
-        "status": "ok",
-        "bot": bot_name(bot),
-        "queued": queued,
-        "oldest_queued_seconds": round(now() - oldest, 3) if queued else 0,
-    }
+        raise HTTPError(503, {**health, "status": "error", "reason": reason}) from None
+    oldest_seconds = round(now() - oldest, 3) if queued else 0
+    return {**health, "queued": queued, "oldest_queued_seconds": oldest_seconds}
 
 
 @app.post("/api/users/register/")
 @waits("hashing")
 @signed_in_or_anonymous
 @takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
-@answers(201, A_USER, 401)
+@answers(201, A_USER, 401, 403)
 def register(username, password):
     """Make an account."""
+    if settings.registration == "closed":
+        raise refusal(403, "Registration is closed: ask whoever runs this server.")
     # Refused before the hash: or each of many tries would take its time.
     if find_user_by_name(connection(), username):
         raise HTTPError(400, NAME_TAKEN)
@@ -3490,7 +3689,10 @@ def blacklist_token(refresh):
 @answers(
     200,
     an_object(
-        telegram_token={"type": "string"}, expires_at=A_TIME, link={"type": ["string", "null"]}
+        telegram_token={"type": "string"},
+        expires_at=A_TIME,
+        bot=A_BOT,
+        link={"type": ["string", "null"]},
     ),
 )
 def get_telegram_token(user):
@@ -3498,11 +3700,9 @@ def get_telegram_token(user):
     token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
     with transaction() as db:
         add_link_token(db, user["id"], token, expires_at)
-        bot = find_bot(db, turns.bot_id)
-    link = None
-    if bot and bot["username"]:
-        link = f"https://t.me/{bot['username']}?start={token}"
-    return {"telegram_token": token, "expires_at": iso(expires_at), "link": link}
+    bot = running.home.name
+    link = f"https://t.me/{bot[1:]}?start={token}" if bot and bot[0] == "@" else None
+    return {"telegram_token": token, "expires_at": iso(expires_at), "bot": bot, "link": link}
 
 
 # Patient: what is given up may be much.
@@ -3536,11 +3736,26 @@ def change_password(user, current_password, new_password):
 
 @app.get("/api/users/me/")
 @signed_in
-@answers(200, an_object(id=AN_ID, username=A_NAME, telegram_linked={"type": "boolean"}))
+@answers(
+    200,
+    an_object(
+        id=AN_ID,
+        username=A_NAME,
+        telegram_linked={"type": "boolean"},
+        telegram={"enum": ["linked", "elsewhere", "none"]},
+    ),
+)
 def show_account(user):
-    """Who you are, and whether a chat is linked to you."""
-    chat = find_chat(connection(), user["id"])
-    return {"id": user["id"], "username": user["username"], "telegram_linked": chat is not None}
+    """Who you are, and whether a chat of the bot that runs now, or elsewhere, is linked to you."""
+    chat, telegram = find_chat(connection(), user["id"]), "none"
+    if chat:
+        telegram = "linked" if chat["bot_id"] == running.home.id else "elsewhere"
+    return {
+        "id": user["id"],
+        "username": user["username"],
+        "telegram_linked": telegram == "linked",
+        "telegram": telegram,
+    }
 
 
 @app.get("/api/users/")
@@ -3600,16 +3815,25 @@ def replay(db, user, request_hash, earlier):
         raise refusal(422, "This Idempotency-Key was used for another message: take a new key.")
     response.set_header("Idempotency-Replayed", "true")
     message = json.loads(find_message(db, earlier["message_id"], user["id"]))
-    return {**message, "delivery": earlier["delivery"]}
+    return {**message, "delivery": earlier["delivery"], "failure": None}
 
 
 @app.get("/api/messages/")
 @signed_in
-@asks(**PAGING)
+@asks(
+    **PAGING,
+    delivery=Text(
+        required=False,
+        pattern=f"({'|'.join(DELIVERIES)})",
+        pattern_error=f"Choose one of {', '.join(DELIVERIES)}.",
+        example="failed",
+    ),
+)
 @answers(200, {"type": "array", "items": A_MESSAGE})
-def list_own_messages(user, **page):
+def list_own_messages(user, delivery, **page):
     """List all that you sent or received, or one page of it, oldest first."""
-    return answer_list(OWN_MESSAGES, user, **page)
+    listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
+    return answer_list(listing, user, delivery=delivery, **page)
 
 
 @app.get("/api/messages/<message_id:re:[0-9]{1,19}>/")
@@ -3621,6 +3845,23 @@ def show_message(user, message_id):
     if message is None:
         raise HTTPError(404)
     return message
+
+
+# Patient: it waits for what is written before.
+@app.delete("/api/messages/<message_id:re:[0-9]{1,19}>/")
+@waits("patient")
+@signed_in
+@answers(200, A_MESSAGE, 403, 404, 409)
+def cancel(user, message_id):
+    """Send nothing more of a message of yours, if nothing has reached its recipient."""
+    message = json.loads(show_message(user, message_id))
+    if message["sender"] != user["username"]:
+        raise refusal(403, "Only its sender can cancel a message.")
+    with turns.hold(message["id"]) as is_free, transaction() as db:
+        if not is_free or not cancel_message(db, message["id"]):
+            detail = "This message cannot be cancelled any more: it has gone out, or was cancelled."
+            raise refusal(409, detail)
+        return find_message(db, message["id"], user["id"])
 
 
 # --- OpenAPI --------------------------------------------------------------------------------------
@@ -3641,7 +3882,7 @@ def describe_api(address):
         "openapi": "3.1.0",
         "info": {
             "title": "FactoryApp",
-            "version": "1.0.0",
+            "version": VERSION,
             "description": DESCRIPTION,
         },
         "servers": [{"url": address}],
@@ -4067,11 +4308,11 @@ def read_secret(name):
     return held
 
 
-def read_option(name, value):
-    """An option of the command line. Raises BadSetting where it is empty."""
+def read_option(name, pattern, value):
+    """An option of the command line, or its default. Raises BadSetting where it cannot be that."""
     value = tidy_setting(f"The {name}", value)
-    if not value:
-        raise BadSetting(f"The {name} is empty: give --{name} a value, or leave it out.")
+    if not re.fullmatch(pattern, value, re.IGNORECASE):
+        raise BadSetting(f"The {name} cannot be {value!r}: --help says what --{name} takes.")
     return value
 
 
@@ -4087,6 +4328,7 @@ def read_arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""environment:
   FACTORYAPP_HOST, FACTORYAPP_PORT, FACTORYAPP_DB, FACTORYAPP_TRUSTED_PROXY,
+  FACTORYAPP_REGISTRATION, FACTORYAPP_KEEP_DAYS,
   FACTORYAPP_LOG_LEVEL  the same as the options; an option wins
   TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
   TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
@@ -4094,54 +4336,66 @@ def read_arguments(argv):
                         kept in the database)
   TELEGRAM_BOT_TOKEN_FILE, FACTORYAPP_SECRET_FILE  files that hold them instead""",
     )
-    for name, default, explanation in (
-        ("host", "127.0.0.1", "address to listen on (default 127.0.0.1)"),
-        ("port", "8080", "port to listen on, 0 for any (default 8080)"),
-        ("db", "factoryapp.db", "database file (default factoryapp.db)"),
+    parser.add_argument("--version", action="version", version=f"FactoryApp {VERSION}")
+    parser.add_argument(
+        "--trusted-proxy",
+        type=networks,
+        default=read_variable("FACTORYAPP_TRUSTED_PROXY"),
+        help="addresses or networks of reverse proxies whose X-Forwarded-… is believed, with "
+        "commas between",
+    )
+    administration = parser.add_mutually_exclusive_group()
+    for name, explanation in (
+        ("set-password", "set the password of the account NAME, or make it, and end its tokens"),
+        ("disable", "end the tokens of the account NAME, unlink its chat, let no password fit"),
+    ):
+        administration.add_argument(
+            f"--{name}",
+            metavar="NAME",
+            type=partial(read_option, name, ".+"),
+            help=f"{explanation}; starts no server, but one may run",
+        )
+    for name, default, pattern, explanation in (
+        ("host", "127.0.0.1", ".+", "address to listen on (default 127.0.0.1)"),
+        ("port", "8080", "[0-9]{1,5}", "port to listen on, 0 for any (default 8080)"),
+        ("db", "factoryapp.db", ".+", "database file (default factoryapp.db)"),
         (
-            "trusted-proxy",
-            None,
-            "addresses or networks of reverse proxies whose X-Forwarded-… is believed, with "
-            "commas between",
+            "registration",
+            "open",
+            "open|closed",
+            "who may make an account: open (anybody who reaches the port) or closed (only "
+            "--set-password) (default open)",
+        ),
+        (
+            "keep-days",
+            "0",
+            "[0-9]{1,4}",
+            "days after which messages that are not queued are deleted, 0 for never (default 0)",
         ),
         (
             "log-level",
             None,
+            "debug|info|warning|error",
             "least urgent lines to log to standard error: debug, info (a line a request), "
             "warning or error (default info; warning when the bot talks in this terminal, where "
             "the lines would come between you and it)",
         ),
     ):
-        variable = "FACTORYAPP_" + name.upper().replace("-", "_")
-        default = read_variable(variable, default)
         parser.add_argument(
-            f"--{name}", type=partial(read_option, name), default=default, help=explanation
+            f"--{name}",
+            type=partial(read_option, name, pattern),
+            default=read_variable("FACTORYAPP_" + name.upper().replace("-", "_"), default),
+            help=explanation,
         )
     return parser.parse_args(argv)
 
 
-def check_arguments(arguments):
-    """Bring what was given into its form. Raises BadSetting where that is not possible."""
-    if arguments.log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise BadSetting(
-            "The log level has to be debug, info, warning or error, not "
-            f"{arguments.log_level!r}: change --log-level or FACTORYAPP_LOG_LEVEL."
-        )
-    try:
-        settings.trusted_proxies = [
-            ipaddress.ip_network(each if "/" in each else read_address(each), strict=False)
-            for each in (arguments.trusted_proxy or "").replace(",", " ").split()
-        ]
-    except ValueError as error:
-        raise BadSetting(
-            f"A trusted proxy is no IP address or network ({error}): change --trusted-proxy or "
-            "FACTORYAPP_TRUSTED_PROXY."
-        ) from None
-    if not re.fullmatch("[0-9]{1,5}", arguments.port) or int(arguments.port) > 65535:
-        raise BadSetting(
-            f"The port has to be a number from 0 to 65535, not {arguments.port!r}: change --port "
-            "or FACTORYAPP_PORT."
-        )
+def networks(text):
+    """Those that are named, with commas or blanks between. Raises ValueError."""
+    return [
+        ipaddress.ip_network(name if "/" in name else read_address(name), strict=False)
+        for name in text.replace(",", " ").split() or [text]
+    ]
 
 
 def choose_home(token):
@@ -4176,7 +4430,7 @@ def listen(host, port):
             backlog=1024,
             dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
         )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:
         raise BadSetting(
             f"Cannot listen on {host} port {port} ({error}): choose another --host or --port, or "
             "end what uses it."
@@ -4196,37 +4450,93 @@ def prepare_process():
         noisy.handlers = [logging.NullHandler()]
         noisy.propagate = False
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(encoding="utf-8", errors="replace")
 
 
 def read_settings(argv):
     """Fill `settings` from the command line and the environment. Raises BadSetting.
 
-    Returns the address to listen on, (host, port), and the bot's home.
+    Returns the command line's arguments and the bot's home.
     """
     arguments, token = read_arguments(argv), read_secret("TELEGRAM_BOT_TOKEN")
-    arguments.log_level = arguments.log_level or ("info" if token else "warning")
-    check_arguments(arguments)
-    logging.getLogger().setLevel(arguments.log_level.upper())
+    log_level = arguments.log_level or ("info" if token else "warning")
+    logging.getLogger().setLevel(log_level.upper())
     settings.db = os.path.realpath(arguments.db)
+    settings.trusted_proxies = arguments.trusted_proxy or ()
+    settings.registration = arguments.registration.lower()
+    settings.keep_days = int(arguments.keep_days)
     settings.secret = os.fsencode(read_secret("FACTORYAPP_SECRET") or "") or None
     if settings.secret and len(settings.secret) < SECRET_MIN_BYTES:
         raise BadSetting(
             f"FACTORYAPP_SECRET is too short: give it at least {SECRET_MIN_BYTES} bytes, or leave "
             "it out."
         )
-    return (arguments.host, int(arguments.port)), choose_home(token)
+    return arguments, choose_home(token)
+
+
+def ask_password():
+    """The new password, typed twice at a terminal, else a line of standard input.
+
+    Raises BadSetting.
+    """
+    try:
+        if sys.stdin and sys.stdin.isatty():
+            password = getpass.getpass("Password: ")
+            if getpass.getpass("The same again: ") != password:
+                raise BadSetting("The two passwords are not the same: try again.")
+            return password
+        return sys.stdin.buffer.readline().decode().rstrip("\r\n") if sys.stdin else ""
+    except (EOFError, KeyboardInterrupt, ValueError) as error:
+        raise BadSetting(f"No password could be read ({error!r}): try again.") from None
+
+
+def administer(name, is_disabled):
+    """Set the password of an account, which is made if need be, or disable it; in one line.
+
+    A server of our version may run meanwhile. Raises BadSetting.
+    """
+    log.setLevel(logging.ERROR)
+    name, password_hash, done = tidy_username(name), nobodys_hash(), "disabled"
+    try:
+        if not is_disabled:
+            USERNAME_FIELD.read(name)
+            password_hash = hash_password(NEW_PASSWORD_FIELD.read(ask_password()))
+            done = "its password is set, its tokens have ended"
+        elif not check_store():
+            raise Refused("No such user.")
+        open_store()
+        with transaction() as db:
+            user = find_user_by_name(db, name)
+            if user:
+                set_password(db, user["id"], user["password"], password_hash)
+            elif is_disabled:
+                raise Refused("No such user.")
+            else:
+                add_user(db, name, password_hash)
+                done = "its account is made"
+            if is_disabled and (chat := find_chat(db, user["id"])):
+                unlink_chat(db, *chat, "the account was disabled")
+    except Refused as refused:
+        raise BadSetting(f"{name}: {' '.join(refused.args)}") from None
+    except sqlite3.Error as error:
+        raise cannot_be_used(error) from None
+    announce(f"{name}: {done}")
 
 
 def start_workers(home, stop):
-    """Start the polling thread and the senders. Returns the senders."""
+    """Start the polling thread, the senders, and who forgets. Returns the senders."""
+    running.home = home
     turns.open(home.id, list_queues(connection(), home.id))
+    if elsewhere := count_elsewhere(connection(), home.id):
+        log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
     senders = [
         threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True)
         for n in range(SENDERS)
     ]
-    polling = threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True)
-    for worker in [polling, *senders]:
+    others = [threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True)]
+    if settings.keep_days:
+        others.append(threading.Thread(target=run_forgetting, args=(stop,), daemon=True))
+    for worker in [*others, *senders]:
         worker.start()
     return senders
 
@@ -4252,20 +4562,8 @@ def close_store():
         log.warning(f"the write-ahead log was left as it is: {error}")
 
 
-def main(argv=None):
-    """Start everything, serve until SIGTERM or Ctrl-C, end cleanly. Returns the exit code."""
-    prepare_process()
-    try:
-        check_sqlite()
-        address, home = read_settings(argv)
-        check_store()
-        lock = lock_database()
-        sock = listen(*address)
-        open_store()
-    except BadSetting as error:
-        print(f"factoryapp: {error}", file=sys.stderr)
-        return 2
-
+def serve(sock, home):
+    """Start everything, serve until SIGTERM or Ctrl-C, end cleanly."""
     stop = threading.Event()
     server = Server(sock)
 
@@ -4290,6 +4588,30 @@ def main(argv=None):
     sock.close()
     stop_workers(senders)
     close_store()
+
+
+def main(argv=None):
+    """Do what the command line says. Returns the exit code."""
+    prepare_process()
+    try:
+        check_sqlite()
+        arguments, home = read_settings(argv)
+        check_store()
+        lock, name = None, arguments.set_password or arguments.disable
+        try:
+            lock = lock_database()
+        except AlreadyRunning:
+            if not name or check_store() != SCHEMA_VERSION:
+                raise
+        if name:
+            administer(name, is_disabled=bool(arguments.disable))
+            return 0
+        sock = listen(arguments.host, int(arguments.port))
+        open_store()
+    except BadSetting as error:
+        print(f"factoryapp: {error}", file=sys.stderr)
+        return 2
+    serve(sock, home)
     lock.close()
     return 0
 

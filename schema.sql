@@ -36,7 +36,6 @@ CREATE INDEX IF NOT EXISTS link_tokens_by_expiry ON link_tokens (expires_at);
 -- The bots that have spoken for this database: 0 is the terminal, else Telegram's id of the bot.
 CREATE TABLE IF NOT EXISTS bots (
     id             INTEGER PRIMARY KEY,
-    username       TEXT,                           -- without the @; NULL for the terminal
     next_update_id INTEGER                         -- offset of the next getUpdates; ids may restart anywhere, so it is assigned
 ) STRICT;
 
@@ -71,16 +70,21 @@ CREATE TABLE IF NOT EXISTS heard (
 CREATE INDEX IF NOT EXISTS heard_by_age ON heard (heard_at);
 
 CREATE TABLE IF NOT EXISTS messages (
-    id           INTEGER PRIMARY KEY,
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: who asks for what comes after an id relies on it
     sender_id    INTEGER NOT NULL REFERENCES users,
     recipient_id INTEGER NOT NULL REFERENCES users,  -- the sender, where nobody else is named
     text         TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),  -- code points, exactly as sent
     created_at   TEXT NOT NULL,
     source       TEXT NOT NULL CHECK (source IN ('api', 'telegram')),
-    delivery     TEXT NOT NULL CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked'))  -- of the recipient's copy
+    delivery     TEXT NOT NULL                       -- of the recipient's copy
+        CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
+    failure      TEXT,                               -- why that was given up, in Telegram's words
+    send_at      TEXT                                -- its sender's wish: not before; NULL is at once
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
+CREATE INDEX IF NOT EXISTS messages_by_sender_delivery ON messages (sender_id, delivery);
+CREATE INDEX IF NOT EXISTS messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE recipient_id <> sender_id;
 
 -- What was answered to a POST with an Idempotency-Key, so that a retry is answered the same and stores nothing.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
@@ -93,6 +97,7 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     PRIMARY KEY (user_id, key)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS idempotency_keys_by_age ON idempotency_keys (used_at);
+CREATE INDEX IF NOT EXISTS idempotency_keys_by_message ON idempotency_keys (message_id);
 
 -- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of send_at, id.
 -- Sent rows are deleted, given-up ones stay with their reason.
@@ -101,7 +106,8 @@ CREATE TABLE IF NOT EXISTS outbox (
     bot_id      INTEGER NOT NULL,
     chat_id     INTEGER NOT NULL,
     text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
-    message_id  INTEGER REFERENCES messages,       -- whose recipient's copy this is (a part of); else NULL
+    message_id  INTEGER REFERENCES messages,       -- that this is a copy of (a part of it); NULL: an answer of the bot
+    is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
     is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
     silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
     send_at     REAL NOT NULL DEFAULT 0,           -- its sender's wish: not before; 0 is at once
@@ -116,6 +122,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     missing_since REAL                             -- of the last attempts, the first that was told: chat not found
 ) STRICT;
 CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
 -- Which message stands behind what the bot said in a chat, so that a reply to it finds its author.
 CREATE TABLE IF NOT EXISTS relayed (
@@ -125,3 +132,4 @@ CREATE TABLE IF NOT EXISTS relayed (
     message_id          INTEGER NOT NULL REFERENCES messages,
     PRIMARY KEY (bot_id, chat_id, telegram_message_id)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS relayed_by_message ON relayed (message_id);
