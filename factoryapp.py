@@ -2472,20 +2472,22 @@ class Terminal:
         """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
         # Unbuffered: a daemon thread that sleeps in a buffered read crashes the interpreter's exit.
         stdin = sys.stdin and open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
-        while stdin and not stop.is_set():
+        while not stop.is_set():
+            line = None
             try:
-                line = stdin.readline()
+                line = stdin and stdin.readline()
             except OSError:
-                # In the background of a shell there is nothing to read, but may be again.
-                stop.wait(1)
-                continue
+                if stdin.isatty():
+                    # In the background of a shell there is nothing to read, but may be again.
+                    stop.wait(1)
+                    continue
             if not line:
-                break
+                log.warning(
+                    "nobody can write to the bot: standard input has ended. It still repeats here "
+                    "what is written in the API. For a bot on Telegram set TELEGRAM_BOT_TOKEN"
+                )
+                return
             self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
-        log.warning(
-            "nobody can write to the bot: standard input has ended. It still repeats here what is "
-            "written in the API. For a bot on Telegram set TELEGRAM_BOT_TOKEN"
-        )
 
     def hear(self, text, stop):
         """Take in one typed line, however long the database may be away."""
