@@ -2438,6 +2438,7 @@ class Telegram:
                     if error.retry_after is not None:
                         pause = max(error.retry_after, 1)
                 else:
+                    self.error = f"polling failed: {type(error).__name__}, see the log"
                     log.exception("polling round failed")
             stop.wait(min(pause, threading.TIMEOUT_MAX))
 
