@@ -2263,7 +2263,10 @@ def name_failure(error):
     while error := error.__cause__ or error.__context__:
         if isinstance(error, socket.gaierror):
             reason = "name unknown, "
-        elif isinstance(error, ConnectionError | TimeoutError) and error.errno:
+        elif isinstance(error, TimeoutError):
+            reason = "timed out, "
+        elif (isinstance(error, ConnectionError) or type(error) is OSError) and error.errno:
+            # Not ssl's, whose numbers are its own.
             reason = f"{os.strerror(error.errno).lower()}, "
     return f"{reason}{kind}{WHAT_MENDS.get(kind, '')}"
 
