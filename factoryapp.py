@@ -2431,8 +2431,10 @@ class Telegram:
                 if self.failures:
                     log.warning("Telegram answers again")
                     turns.hurry()
-                step, self.failures = self.poll, 0
-                self.error, self.is_refused, self.answered = None, False, ticks()
+                if not self.failures or not self.is_refused:
+                    # One call in two succeeds while another process polls.
+                    self.error, self.is_refused = None, False
+                step, self.failures, self.answered = self.poll, 0, ticks()
             except Exception as error:
                 self.failures += 1
                 pause = backoff(self.failures, POLL_BACKOFF_MAX_SECONDS)
