@@ -4,6 +4,7 @@ place, the program itself. What these stand-ins are made of is at the end of the
 import ast
 import base64
 import encodings
+import errno
 import gzip
 import hashlib
 import ipaddress
@@ -27,7 +28,7 @@ import time
 import unicodedata
 import warnings
 from collections import defaultdict, deque
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from html import unescape
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -176,6 +177,12 @@ RETRY_AFTER_9 = {
 BLOCKED = {"error_code": 403, "description": "Forbidden: bot was blocked by the user"}
 CHAT_NOT_FOUND = {"error_code": 400, "description": "Bad Request: chat not found"}
 TOO_LONG = {"error_code": 400, "description": "Bad Request: message is too long"}
+UNAUTHORIZED = {"error_code": 401, "description": "Unauthorized"}
+NOT_FOUND = {"error_code": 404, "description": "Not Found"}
+ANOTHER_POLLS = {
+    "error_code": 409,
+    "description": "Conflict: terminated by other getUpdates request",
+}
 EMPTY = {"error_code": 400, "description": "Bad Request: message text is empty"}
 NO_THREAD = {"error_code": 400, "description": "Bad Request: message thread not found"}
 WEBHOOK_IS_ACTIVE = {
@@ -310,6 +317,13 @@ def queue(*chat_ids, text="text", send_at=0):
     with factoryapp.transaction() as db:
         for chat_id in chat_ids:
             factoryapp.queue_text(db, (BOT_ID, chat_id), text, send_at=send_at)
+
+
+def queue_by_another_process(*chat_ids):
+    """The same, written behind this process's back."""
+    with closing(sqlite3.connect(factoryapp.settings.db)) as db, db:
+        row = "INSERT INTO outbox (bot_id, chat_id, text, queued_at) VALUES (?, ?, 'text', 0)"
+        db.executemany(row, [(BOT_ID, chat_id) for chat_id in chat_ids])
 
 
 def too_many_requests(retry_after):
@@ -819,55 +833,62 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(
     assert bot_api.sent == [(7, "text")]
 
 
-def test_comparing_turns_with_the_outbox_raises_no_false_alarm(
-    http, telegram, bot_api, clock, monkeypatch, caplog
+def test_what_another_process_queues_is_sent_within_a_second(http, telegram, bot_api, clock):
+    for count in (1, 2, 3):
+        queue_by_another_process(7)
+        clock.move(1.1)
+        deliver_all(telegram)
+        assert len(bot_api.texts(7)) == count
+
+
+def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
+    http, telegram, bot_api, clock, monkeypatch
 ):
-    turns = factoryapp.turns
     bot_api.failures[1].append(too_many_requests(10_072))
-    bot_api.failures[2].extend(["reset"] * 100)
-    bot_api.failures[3].append(too_many_requests(58))
-    queue(1, 2, *[3] * 30)
-    queue(4, send_at=clock.seconds + 86_400)
-    queue(4, send_at=clock.seconds + 7200)
+    bot_api.failures[2].append(too_many_requests(58))
+    queue(1, *[2] * 30)
+    queue(3, send_at=clock.seconds + 86_400)
     deliver_all(telegram)
-    queue(1, 2)  # waits behind what failed
-    queue(5, send_at=clock.seconds - 60)
-    queue(6)
-    busy = [turns.take(), turns.take()]
-    assert sorted(busy) == [5, 6]
-    queue(6)
-    committed, real = [], factoryapp.turns.wake
-
-    def wake_late(bot_id, chat_id):
-        committed.append(chat_id)
-
-    def look_again_later(seconds):
-        # What was committed, but not known yet, when Turns was compared first.
-        monkeypatch.setattr(turns, "wake", real)
-        for chat_id in committed:
-            turns.wake(telegram.id, chat_id)
+    queue(4)
+    assert factoryapp.turns.take() == 4  # a sender is at it
+    real = factoryapp.list_queues
 
     def list_queues(*args):
-        # What was sent while Turns was compared.
-        queues = real_list_queues(*args)
+        # What is sent while Turns is compared.
+        queues = real(*args)
         deliver_all(telegram)
         return queues
 
-    real_list_queues = factoryapp.list_queues
     monkeypatch.setattr(factoryapp, "list_queues", list_queues)
-    monkeypatch.setattr(factoryapp.time, "sleep", look_again_later)
     for _ in range(5):
-        queue(9)
-        monkeypatch.setattr(turns, "wake", wake_late)
-        queue(8)
+        queue(6)
+        queue_by_another_process(1, 4, 5)
         clock.move(61)
         deliver_all(telegram)
-    assert committed == [8] * 5 and len(bot_api.texts(8)) == len(bot_api.texts(9)) == 5
-    assert tries(bot_api, 1) == 1 and len(bot_api.texts(3)) == 30
-    for chat_id in busy:
-        turns.give_back(chat_id, factoryapp.Again(0, "early"))
+    assert [len(bot_api.texts(chat_id)) for chat_id in range(1, 7)] == [0, 30, 0, 0, 5, 5]
+    assert tries(bot_api, 1) == 1
+    factoryapp.turns.give_back(4, factoryapp.Again(0, "early"))
     deliver_all(telegram)
-    assert len(bot_api.texts(5)) == 1 and len(bot_api.texts(6)) == 2
+    clock.move(1)
+    deliver_all(telegram)
+    assert len(bot_api.texts(4)) == 6
+
+
+def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
+    http, telegram, bot_api, clock
+):
+    for chat_id in (1, 2, 3):
+        bot_api.failures[chat_id].append(RETRY_AFTER_9)
+    queue(1, 2, 3)
+    deliver_all(telegram)
+    for _ in range(8):
+        queue_by_another_process(1, 7)
+        clock.move(1.1)
+        deliver_all(telegram)
+        assert bot_api.sent == []
+    clock.move(1)
+    deliver_all(telegram)
+    assert bot_api.texts(7)
 
 
 @pytest.mark.parametrize("step", [3, 3600, 86_400, 30 * 86_400])
@@ -3222,7 +3243,7 @@ class StopAtPause(threading.Event):
         ({"HTTPS_PROXY": "socks5h://127.0.0.1:9"}, "InvalidSchema: a SOCKS proxy needs"),
         ({"ALL_PROXY": "socks4://127.0.0.1:9"}, "PySocks"),
         ({"HTTPS_PROXY": "http://127.0.0.1:9"}, "ProxyError: is HTTPS_PROXY right"),
-        ({}, "SSLError: is the certificate"),
+        ({}, "at 127.0.0.1: SSLError: is the certificate"),
     ],
 )
 def test_what_keeps_the_network_away_is_one_line_that_says_what_to_do(
@@ -3267,6 +3288,35 @@ def test_whatever_the_network_raises_polling_says_it_in_a_line_and_waits_longer_
     assert all(min(30, 2**n) * 0.5 <= pause <= 30 for n, pause in enumerate(stop.pauses, 1))
 
 
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "name unknown"),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), "name unknown"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "?"), "connection refused"),
+        (ConnectionResetError(errno.ECONNRESET, "?"), "connection reset by peer"),
+        (OSError(errno.ENETUNREACH, "?"), "network is unreachable"),
+        (OSError(errno.EHOSTUNREACH, "?"), "no route to host"),
+        (TimeoutError("?"), "timed out"),
+        (TimeoutError(errno.ETIMEDOUT, "?"), "timed out"),
+    ],
+)
+def test_telegram_that_cannot_be_reached_is_logged_with_its_host_and_what_failed(
+    http, bot_api, monkeypatch, caplog, error, words
+):
+    def fail(*args):
+        raise error
+
+    home = factoryapp.Telegram(BOT_TOKEN, "http://user:password@bot.test:81/path")
+    factoryapp.apihelper._get_req_session(reset=True)
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    caplog.set_level("WARNING")
+    home.run(StopAtFirstPause())
+    [line] = [record.getMessage() for record in caplog.records]
+    assert f"Telegram cannot be reached at bot.test: {words}, Conn" in line
+    assert not any(secret in line for secret in ("AAtest", "password", "path"))
+
+
 class StopAtFirstPause(threading.Event):
     """A stop event that is set once somebody would have had to wait for it."""
 
@@ -3302,8 +3352,8 @@ def polling(telegram):
     "failure",
     [
         WEBHOOK_IS_ACTIVE,
-        {"error_code": 409, "description": "Conflict: terminated by other getUpdates request"},
-        {"error_code": 401, "description": "Unauthorized"},
+        ANOTHER_POLLS,
+        UNAUTHORIZED,
         {"error_code": 500, "description": "Internal Server Error"},
         b"<html>502 Bad Gateway</html>",
         {},
@@ -3321,6 +3371,23 @@ def test_polling_goes_on_after_a_failure(http, telegram, bot_api, monkeypatch, f
         bot_api.wait_for(lambda: not bot_api.updates)
     deliver_all(telegram)
     assert bot_api.texts(7) == [factoryapp.GREETING]
+
+
+@pytest.mark.parametrize("mode", [None, "r", "w"], ids=["closed", "ended", "as nohup has it"])
+def test_nobody_to_talk_to_is_a_warning(http, monkeypatch, caplog, mode):
+    with open(os.devnull, mode) if mode else nullcontext() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        factoryapp.Terminal().run(StopAtFirstPause())
+    [line] = [record.getMessage() for record in caplog.records]
+    assert "nobody can write to the bot" in line and "TELEGRAM_BOT_TOKEN" in line
+
+
+def test_terminal_that_is_told_to_stop_complains_of_nothing(http, monkeypatch, caplog):
+    stop = threading.Event()
+    stop.set()
+    monkeypatch.setattr(sys, "stdin", None)
+    factoryapp.Terminal().run(stop)
+    assert caplog.records == []
 
 
 # --- Page -----------------------------------------------------------------------------------------
@@ -3388,8 +3455,9 @@ def test_page_runs_in_a_browser(start, tmp_path):
     assert "Content Security Policy" not in log and "Uncaught" not in log
 
 
-# What somebody does in the page, who is in a hurry: each step as soon as the page is ready for it.
-VISIT = r"""
+# What people do in the page, who are in a hurry: each step as soon as the page is ready for it.
+VISITOR = r"""
+const seen = [];
 const until = async (condition) => {
     while (!condition()) await new Promise((resume) => setTimeout(resume, 20));
 };
@@ -3398,9 +3466,11 @@ const signIn = (password, button) => {
     $("sign-in").elements.password.value = password;
     $("sign-in").querySelector(button).click();
 };
+"""
+VISIT = r"""
 const text = '<b onclick="x">жирно</b>\n';
 const visit = async () => {
-    const seen = [], alert = $("sign-in").querySelector("[role=alert]");
+    const alert = $("sign-in").querySelector("[role=alert]");
     const messages = () => [...$("messages").children];
     signIn("short", "[name=register]");
     await until(() => alert.textContent);
@@ -3409,6 +3479,7 @@ const visit = async () => {
     await until(() => !$("signed-in").hidden && !$("telegram").elements.token.hidden);
     $("telegram").elements.token.click();
     await until(() => !$("link").hidden);
+    seen.push($("link").querySelector(".how").textContent);
     $("compose").elements.text.value = text;
     const real = fetch;
     window.fetch = async (...request) => {  // the first answer is lost on its way
@@ -3432,23 +3503,46 @@ const visit = async () => {
     signIn("wrong-password", ".main");
     await until(() => alert.textContent);
     seen.push(alert.textContent);
-    document.title = JSON.stringify(seen);
 };
-visit();
 """
+VISIT_OF_SOMEBODY_LINKED_ELSEWHERE = r"""
+const visit = async () => {
+    const {token, unlink} = $("telegram").elements, linked = $("linked");
+    const alert = $("telegram").querySelector("[role=alert]");
+    seen.push($("sign-in").innerText.includes("egister"));
+    signIn("S3cure-pass-91", ".main");
+    await until(() => linked.textContent);
+    seen.push(linked.textContent, token.checkVisibility(), unlink.checkVisibility());
+    token.click();
+    await until(() => alert.textContent);
+    seen.push(alert.textContent, $("link").checkVisibility());
+    await until(() => !unlink.disabled);
+    const before = linked.textContent;
+    unlink.click();
+    await until(() => linked.textContent !== before);
+    seen.push(linked.textContent, unlink.checkVisibility());
+};
+"""
+
+
+def visit(http, monkeypatch, folder, visit):
+    """What a visitor has seen in a browser."""
+    script = f"{VISITOR}{visit}visit().then(() => {{ document.title = JSON.stringify(seen); }});"
+    monkeypatch.setattr(factoryapp, "PAGE", f"{factoryapp.PAGE}<script>{script}</script>")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    name = "Content-Security-Policy"
+    policy = factoryapp.PAGE_HEADERS[name].replace("script-src", f"script-src 'sha256-{digest}'")
+    monkeypatch.setitem(factoryapp.PAGE_HEADERS, name, policy)
+    page, log = browse("http://{}:{}/".format(*http.address), folder)
+    assert "Uncaught" not in log
+    return json.loads(unescape(re.search("<title>(.*)</title>", page)[1]))
 
 
 @in_a_browser
 def test_page_takes_a_visitor_from_registration_to_logout(http, monkeypatch, tmp_path):
-    monkeypatch.setattr(factoryapp, "PAGE", f"{factoryapp.PAGE}<script>{VISIT}</script>")
-    digest = base64.b64encode(hashlib.sha256(VISIT.encode()).digest()).decode()
-    name = "Content-Security-Policy"
-    policy = factoryapp.PAGE_HEADERS[name].replace("script-src", f"script-src 'sha256-{digest}'")
-    monkeypatch.setitem(factoryapp.PAGE_HEADERS, name, policy)
-    page, log = browse("http://{}:{}/".format(*http.address), tmp_path)
-    assert "Uncaught" not in log
-    assert json.loads(unescape(re.search("<title>(.*)</title>", page)[1])) == [
+    assert visit(http, monkeypatch, tmp_path, VISIT) == [
         "password: This password is too short. It must contain at least 8 characters.",
+        "The bot talks in the terminal where the server runs. Type this line there:",
         "alice",
         True,
         "unlinked: no chat to send it to",
@@ -3461,6 +3555,24 @@ def test_page_takes_a_visitor_from_registration_to_logout(http, monkeypatch, tmp
     ]
     headers = log_in(http, "alice")
     assert [m["text"] for m in list_messages(http, headers)] == ['<b onclick="x">жирно</b>\n']
+
+
+@in_a_browser
+def test_page_shows_what_is_closed_or_elsewhere_or_not_reached_yet(
+    http, telegram, bot_api, linked, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(factoryapp.settings, "registration", "closed")
+    restart_as(monkeypatch, factoryapp.Telegram("77:another", bot_api.url))
+    assert visit(http, monkeypatch, tmp_path, VISIT_OF_SOMEBODY_LINKED_ELSEWHERE) == [
+        False,
+        "A chat is linked to another bot. Link one to this bot: what waits moves along.",
+        True,
+        True,
+        "Telegram is not reached yet. Try again in a moment.",
+        False,
+        "No chat is linked yet, so the bot has nowhere to repeat your messages.",
+        False,
+    ]
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -4328,6 +4440,52 @@ def test_account_shows_whether_a_chat_is_linked(http, telegram, bot_api):
     assert account["telegram_linked"] is True and account["telegram"] == "linked"
 
 
+def restart_as(monkeypatch, home):
+    """Another bot runs from now on, or the same again."""
+    monkeypatch.setattr(factoryapp.running, "home", home)
+    reopen_turns(home)
+    return home
+
+
+@pytest.mark.parametrize("token", [None, "77:another"])
+def test_what_is_sent_to_somebody_linked_elsewhere_waits_for_that_bot_and_counts_for_it_alone(
+    http, telegram, bot_api, linked, monkeypatch, token
+):
+    home = factoryapp.Telegram(token, bot_api.url) if token else factoryapp.Terminal()
+    restart_as(monkeypatch, home)
+    assert post(http, join(http, "bob"), "hi", recipient="alice")["delivery"] == "queued"
+    account = http.get("/api/users/me/", headers=linked).json
+    assert (account["telegram_linked"], account["telegram"]) == (False, "elsewhere")
+    deliver_all(home)
+    assert bot_api.attempts[1:] == [] and http.get("/health/").json["queued"] == 0
+    home = restart_as(monkeypatch, factoryapp.Telegram(BOT_TOKEN, bot_api.url))
+    assert http.get("/api/users/me/", headers=linked).json["telegram"] == "linked"
+    assert http.get("/health/").json["queued"] == 1
+    deliver_all(home)
+    assert bot_api.texts(7) == ["Сообщение от bob:\n\nhi"]
+
+
+def test_somebody_linked_elsewhere_can_unlink_that_chat(
+    http, telegram, bot_api, linked, monkeypatch
+):
+    restart_as(monkeypatch, factoryapp.Terminal())
+    post(http, linked, "waits")
+    http.post("/api/users/unlink-telegram/", headers=linked, status=204)
+    assert http.get("/api/users/me/", headers=linked).json["telegram"] == "none"
+    assert list_messages(http, linked)[0]["delivery"] == "failed"
+
+
+@pytest.mark.parametrize("bot", ["terminal", None, "@factory_test_bot"])
+def test_link_token_comes_with_the_bot_that_takes_it(http, telegram, bot_api, monkeypatch, bot):
+    if bot != telegram.name:
+        not_reached = factoryapp.Telegram(BOT_TOKEN, bot_api.url)
+        restart_as(monkeypatch, factoryapp.Terminal() if bot else not_reached)
+    headers = join(http, "alice")
+    answer = http.get("/api/users/get-telegram-token/", headers=headers).json
+    assert answer["bot"] == http.get("/health/").json["bot"] == bot
+    assert (answer["link"] is not None) == (bot == "@factory_test_bot")
+
+
 @alone_and_crowded
 @pytest.mark.parametrize(
     "sent, status, answer",
@@ -4620,6 +4778,95 @@ def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, link
     }
 
 
+NOTHING_NEW = {"ok": True, "result": []}
+
+
+@pytest.mark.parametrize("method, bot", [("getMe", None), ("getUpdates", "@factory_test_bot")])
+@pytest.mark.parametrize(
+    "failure, status, words",
+    [
+        (UNAUTHORIZED, "degraded", "Telegram refuses TELEGRAM_BOT_TOKEN (401 Unauthorized)"),
+        (NOT_FOUND, "degraded", "Telegram refuses TELEGRAM_BOT_TOKEN (404 Not Found)"),
+        (ANOTHER_POLLS, "degraded", "another process polls this bot"),
+        ({"error_code": 500, "description": f"at {BOT_TOKEN}"}, "ok", "500 at 4242:…"),
+        (RETRY_AFTER_9, "ok", "429 Too Many Requests"),
+        (b"<html>", "ok", "Telegram answered 502, which makes no sense"),
+        ("reset", "ok", "cannot be reached at 127.0.0.1: connection reset"),
+    ],
+)
+def test_health_says_what_is_wrong_with_the_bot_until_it_is_well(
+    http, bot_api, telegram, clock, monkeypatch, method, bot, failure, status, words
+):
+    home = restart_as(monkeypatch, factoryapp.Telegram(BOT_TOKEN, bot_api.url))
+    bot_api.failures[method].append(failure)
+    home.run(StopAtFirstPause())
+    health = http.get("/health/").json
+    assert (health["status"], health["bot"], health["bot_reachable"]) == (status, bot, False)
+    assert words in health["bot_error"]
+    clock.move(61)
+    assert http.get("/health/").json["status"] == "degraded"
+    bot_api.failures["getUpdates"].append(NOTHING_NEW)
+    home.run(StopAtFirstPause())
+    assert http.get("/health/").json == {
+        **health,
+        "status": "ok",
+        "bot": "@factory_test_bot",
+        "bot_reachable": True,
+        "bot_error": None,
+        "bot_answered_at": factoryapp.iso(clock.seconds),
+    }
+
+
+def test_bot_that_another_process_polls_is_not_well_between_two_refusals(http, telegram, bot_api):
+    bot_api.failures["getUpdates"].extend([ANOTHER_POLLS, NOTHING_NEW] * 2)
+    telegram.run(StopAtPause(4))
+    assert http.get("/health/").json["status"] == "degraded"
+    bot_api.failures["getUpdates"].append(NOTHING_NEW)
+    telegram.run(StopAtFirstPause())
+    assert http.get("/health/").json["status"] == "ok"
+
+
+def test_health_is_degraded_a_minute_after_the_last_answer(http, telegram, bot_api, clock):
+    clock.move(100)
+    bot_api.failures["getUpdates"].append(NOTHING_NEW)
+    telegram.run(StopAtFirstPause())
+    for seconds, status in ((59, "ok"), (2, "degraded")):
+        clock.move(seconds)
+        bot_api.failures["getUpdates"].append("reset")
+        bot_api.failures["getMe"].append("reset")
+        telegram.run(StopAtFirstPause())
+        assert http.get("/health/").json["status"] == status
+
+
+def test_webhook_is_trouble_only_when_it_cannot_be_deleted(http, telegram, bot_api, clock):
+    for failures, words in (([], "None"), ([UNAUTHORIZED], "refuses TELEGRAM_BOT_TOKEN")):
+        bot_api.webhook = "https://factory.example/hook"
+        bot_api.failures["deleteWebhook"].extend(failures)
+        bot_api.failures["getUpdates"].append(NOTHING_NEW)
+        telegram.run(StopAtPause(2))
+        assert words in str(http.get("/health/").json["bot_error"])
+
+
+def test_health_says_so_when_what_people_write_cannot_be_stored(
+    http, telegram, bot_api, monkeypatch
+):
+    def lock_the_database(*args):
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(factoryapp, "receive_or_skip", lock_the_database)
+    bot_api.write(7, "/start")
+    telegram.run(StopAtFirstPause())
+    health = http.get("/health/").json
+    assert not health["bot_reachable"] and "OperationalError" in health["bot_error"]
+
+
+def test_terminal_is_always_well(http, clock):
+    clock.move(3600)
+    health = http.get("/health/").json
+    assert (health["status"], health["bot"], health["bot_reachable"]) == ("ok", "terminal", True)
+    assert health["bot_error"] is None and health["bot_answered_at"] is None
+
+
 def test_health_does_not_count_what_was_given_up(http, telegram, bot_api, linked):
     bot_api.failures[7].append(BLOCKED)
     post(http, linked, "one")
@@ -4641,9 +4888,8 @@ def test_health_has_what_was_to_be_sent_later_wait_since_then(http, telegram, cl
 def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path))
     answer = http.get("/health/", status=503).json
-    assert answer["status"] == "error" and answer["reason"].startswith(
-        "The database does not answer: "
-    )
+    assert answer["reason"].startswith("The database does not answer: ")
+    assert (answer["status"], answer["bot"], answer["bot_error"]) == ("error", "terminal", None)
 
 
 # --- OpenAPI --------------------------------------------------------------------------------------
@@ -5698,8 +5944,41 @@ def test_telegram_that_refuses_the_token_is_told_and_the_api_stays_up(start, bot
 def test_telegram_that_cannot_be_reached_is_no_reason_not_to_start(start, tmp_path):
     program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN)
     join(program.http, "alice")
-    assert "cannot be reached" in (tmp_path / "log").read_text()
+    assert "cannot be reached at 127.0.0.1: connection refused" in (tmp_path / "log").read_text()
     assert BOT_TOKEN not in (tmp_path / "log").read_text()
+
+
+def test_account_linked_in_the_terminal_moves_to_telegram_with_what_waits(start, bot_api):
+    program = start()
+    headers = join(program.http, "alice")
+    program.type(link_token(program.http, headers))
+    program.wait_for("успешно привязаны")
+    assert program.end()[0] == 0 and "another bot" not in program.log()
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
+    program.wait_for("@factory_test_bot")
+    assert "WARNING 1 accounts are linked to another bot" in program.log()
+    post(program.http, headers, "waits")
+    assert program.http.get("/api/users/me/", headers=headers).json["telegram"] == "elsewhere"
+    bot_api.write(7, link_token(program.http, headers))
+    bot_api.wait_for_texts(7, 2)
+    assert bot_api.texts(7)[0] == own_copy("waits") and "успешно" in bot_api.texts(7)[1]
+
+
+def test_account_that_is_disabled_while_the_server_runs_is_noticed_at_once(
+    start, bot_api, tmp_path
+):
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
+    alice, bob = join(program.http, "alice"), join(program.http, "bob")
+    for chat_id, headers in ((7, alice), (8, bob)):
+        bot_api.write(chat_id, link_token(program.http, headers))
+        bot_api.wait_for_texts(chat_id)
+    later = factoryapp.iso(time.time() + 3600)
+    post(program.http, bob, "later", recipient="alice", send_at=later)
+    assert run_program("--db", str(tmp_path / "factoryapp.db"), "--disable", "alice")[0] == 0
+    program.http.get("/api/users/me/", headers=alice, status=401)
+    bot_api.wait_for_texts(8, 2)
+    assert "Не доставлено пользователю alice" in bot_api.texts(8)[1]
+    assert list_messages(program.http, bob)[0]["failure"] == "the account was disabled"
 
 
 def test_killed_program_loses_nothing_and_hears_nothing_twice(start, bot_api, tmp_path):
@@ -6372,7 +6651,7 @@ class BotApiHandler(BaseHTTPRequestHandler):
         parameters = dict(parse_qsl(url.query) + parse_qsl(body, keep_blank_values=True))
         token, _, method = url.path.removeprefix("/bot").partition("/")
         if token != BOT_TOKEN:
-            self.refuse({"error_code": 401, "description": "Unauthorized"})
+            self.refuse(UNAUTHORIZED)
         elif len(self.path) > 2000:
             self.refuse({"error_code": 414, "description": "Request-URI Too Large"})
         else:
