@@ -548,8 +548,9 @@ class Turns:
 
     def mend(self, queues):
         """Take up those of these chats, as the outbox has them, that would wait longer here."""
-        with self.changed:
-            for chat_id, again in queues:
+        for chat_id, again in queues:
+            # One at a time: who queues something waits for the lock.
+            with self.changed:
                 turn = self.due.get(chat_id)
                 is_known = turn and (turn.why != "early" or turn.due_at <= ticks() + again.seconds)
                 if not is_known and chat_id not in self.busy:

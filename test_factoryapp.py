@@ -874,6 +874,19 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
     assert len(bot_api.texts(4)) == 6
 
 
+def test_nobody_waits_until_all_chats_were_compared(http, telegram):
+    def queues():
+        for chat_id in (1, 2):
+            queueing = threading.Thread(target=factoryapp.turns.wake, args=(telegram.id, 9))
+            queueing.start()
+            queueing.join(5)
+            assert not queueing.is_alive()
+            yield chat_id, factoryapp.Again(0, "early")
+
+    factoryapp.turns.mend(queues())
+    assert sorted(factoryapp.turns.due) == [1, 2, 9]
+
+
 def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
     http, telegram, bot_api, clock
 ):
