@@ -4319,9 +4319,9 @@ def read_secret(name):
 
 def read_option(name, pattern, value):
     """An option of the command line, or its default. Raises BadSetting where it cannot be that."""
-    value = tidy_setting(f"The {name}", value)
+    value = tidy_setting(f"--{name}", value)
     if not re.fullmatch(pattern, value, re.IGNORECASE):
-        raise BadSetting(f"The {name} cannot be {value!r}: --help says what --{name} takes.")
+        raise BadSetting(f"--{name} cannot be {value!r}: see --help.")
     return value
 
 
@@ -4361,7 +4361,7 @@ def read_arguments(argv):
         administration.add_argument(
             f"--{name}",
             metavar="NAME",
-            type=partial(read_option, name, ".+"),
+            type=username,
             help=f"{explanation}; starts no server, but one may run",
         )
     for name, default, pattern, explanation in (
@@ -4397,6 +4397,11 @@ def read_arguments(argv):
             help=explanation,
         )
     return parser.parse_args(argv)
+
+
+def username(text):
+    """The one spelling of a name. Raises ValueError."""
+    return USERNAME_FIELD.read(text)
 
 
 def networks(text):
@@ -4484,49 +4489,48 @@ def read_settings(argv):
 
 
 def ask_password():
-    """The new password, typed twice at a terminal, else a line of standard input.
+    """The hash of the new password, typed twice at a terminal, else a line of standard input.
 
     Raises BadSetting.
     """
     try:
-        if sys.stdin and sys.stdin.isatty():
+        if sys.stdin.isatty():
             password = getpass.getpass("Password: ")
             if getpass.getpass("The same again: ") != password:
                 raise BadSetting("The two passwords are not the same: try again.")
-            return password
-        return sys.stdin.buffer.readline().decode().rstrip("\r\n") if sys.stdin else ""
-    except (EOFError, KeyboardInterrupt, ValueError) as error:
-        raise BadSetting(f"No password could be read ({error!r}): try again.") from None
+        else:
+            password = sys.stdin.buffer.readline().decode().rstrip("\r\n")
+        return hash_password(NEW_PASSWORD_FIELD.read(password))
+    except Refused as refused:
+        raise BadSetting(f"The password cannot be taken: {' '.join(refused.args)}") from None
+    except (AttributeError, EOFError, KeyboardInterrupt, OSError, ValueError) as error:
+        # Not its text, which may hold what was typed.
+        reason = type(error).__name__
+        raise BadSetting(f"No password could be read ({reason}): try again.") from None
 
 
-def administer(name, is_disabled):
-    """Set the password of an account, which is made if need be, or disable it; in one line.
+def administer(name, password_hash):
+    """Set the password of an account, which is made if need be, or disable it (None); in one line.
 
     A server of our version may run meanwhile. Raises BadSetting.
     """
     log.setLevel(logging.ERROR)
-    name, password_hash, done = tidy_username(name), nobodys_hash(), "disabled"
+    nobody = BadSetting(f"There is no account {name} in the database {settings.db}.")
+    done = "its password is set, its tokens have ended" if password_hash else "disabled"
+    if not password_hash and not check_store():
+        raise nobody
+    open_store()
     try:
-        if not is_disabled:
-            USERNAME_FIELD.read(name)
-            password_hash = hash_password(NEW_PASSWORD_FIELD.read(ask_password()))
-            done = "its password is set, its tokens have ended"
-        elif not check_store():
-            raise Refused("No such user.")
-        open_store()
         with transaction() as db:
-            user = find_user_by_name(db, name)
-            if user:
-                set_password(db, user["id"], user["password"], password_hash)
-            elif is_disabled:
-                raise Refused("No such user.")
-            else:
+            if user := find_user_by_name(db, name):
+                set_password(db, user["id"], user["password"], password_hash or nobodys_hash())
+            elif password_hash:
                 add_user(db, name, password_hash)
                 done = "its account is made"
-            if is_disabled and (chat := find_chat(db, user["id"])):
+            else:
+                raise nobody
+            if not password_hash and (chat := find_chat(db, user["id"])):
                 unlink_chat(db, *chat, "the account was disabled")
-    except Refused as refused:
-        raise BadSetting(f"{name}: {' '.join(refused.args)}") from None
     except sqlite3.Error as error:
         raise cannot_be_used(error) from None
     announce(f"{name}: {done}")
@@ -4607,13 +4611,15 @@ def main(argv=None):
         arguments, home = read_settings(argv)
         check_store()
         lock, name = None, arguments.set_password or arguments.disable
+        # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
+        password_hash = ask_password() if arguments.set_password else None
         try:
             lock = lock_database()
         except AlreadyRunning:
             if not name or check_store() != SCHEMA_VERSION:
                 raise
         if name:
-            administer(name, is_disabled=bool(arguments.disable))
+            administer(name, password_hash)
             return 0
         sock = listen(arguments.host, int(arguments.port))
         open_store()
