@@ -2943,7 +2943,7 @@ class Declared(NamedTuple):
     """What a route's decorators say of it: obeyed by serve_declared(), described by OpenAPI."""
 
     lane: str = None  # where it is served, None: in a round
-    sign_in: object = lambda: None  # require_user, or sign_in: only a wrong token is refused
+    sign_in: object = lambda: None  # require_user or may_register
     query: dict = {}  # name: field
     body: dict = {}  # name: field
     max_body_bytes: int = MAX_BODY_BYTES
@@ -3160,10 +3160,17 @@ def require_user():
     return user
 
 
+def may_register():
+    """Refuse wrong tokens too. Raises HTTPError 403 whatever is sent while nobody may."""
+    if settings.registration == "closed":
+        raise refusal(403, "Registration is closed: ask whoever runs this server.")
+    sign_in()
+
+
 # The route gets the signed-in user first.
 signed_in = declare(401, sign_in=require_user)
-# Anybody may call the route, but not with a wrong token.
-signed_in_or_anonymous = declare(401, sign_in=sign_in)
+# Anybody may call the route while it is open, but not with a wrong token.
+open_to_anybody = declare(401, 403, sign_in=may_register)
 
 
 class Refused(ValueError):
@@ -3597,13 +3604,11 @@ def show_health():
 
 @app.post("/api/users/register/")
 @waits("hashing")
-@signed_in_or_anonymous
+@open_to_anybody
 @takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
-@answers(201, A_USER, 401, 403)
+@answers(201, A_USER)
 def register(username, password):
     """Make an account."""
-    if settings.registration == "closed":
-        raise refusal(403, "Registration is closed: ask whoever runs this server.")
     # Refused before the hash: or each of many tries would take its time.
     if find_user_by_name(connection(), username):
         raise HTTPError(400, NAME_TAKEN)
@@ -3912,7 +3917,7 @@ def describe_route(route, path_names):
     }
     if said.sign_in is require_user:
         operation["security"] = [{"Bearer": []}]
-    elif said.sign_in is sign_in:
+    elif said.sign_in is may_register:
         operation["security"] = [{"Bearer": []}, {}]
     if said.body:
         operation["requestBody"] = describe_body(said.body)
