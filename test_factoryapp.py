@@ -356,7 +356,7 @@ def link_chat(http, telegram, bot_api, headers, chat_id):
 def configure(monkeypatch, caplog):
     """Read settings as a start does; what they were comes back when the test ends."""
     caplog.set_level("WARNING")
-    for name in ("db", "secret", "trusted_proxies"):
+    for name in ("db", "secret", "trusted_proxies", "registration", "keep_days"):
         monkeypatch.setattr(factoryapp.settings, name, getattr(factoryapp.settings, name))
 
     def configure(*arguments, **env):
@@ -3694,6 +3694,24 @@ def test_registration_with_a_wrong_token_is_refused(http):
     assert response.json == not_for_any("Token is invalid")
 
 
+@pytest.mark.parametrize(
+    "body, headers",
+    [
+        ({"username": "bob", "password": PASSWORD}, {}),
+        ({"username": "bob", "password": PASSWORD}, {"Authorization": "Bearer junk"}),
+        ({"username": "alice", "password": PASSWORD}, {}),
+        ({}, {}),
+        ([], {}),
+    ],
+)
+def test_closed_registration_is_said_whatever_is_sent(http, monkeypatch, body, headers):
+    join(http, "alice")
+    monkeypatch.setattr(factoryapp.settings, "registration", "closed")
+    answer = http.post_json("/api/users/register/", body, headers=headers, status=403)
+    assert answer.json == {"detail": "Registration is closed: ask whoever runs this server."}
+    log_in(http, "alice")
+
+
 @pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
 def test_wrong_method_and_unknown_url_answer_json(http):
     headers = join(http, "alice")
@@ -5606,17 +5624,16 @@ def another_writer(path):
         yield
 
 
-def run_program(*arguments, prefix=(), program=HERE / "factoryapp.py", **env):
+def run_program(*arguments, prefix=(), program=HERE / "factoryapp.py", typed=b"", **env):
     """The exit code, standard output and standard error of a run that ends by itself."""
     done = subprocess.run(
         [*prefix, sys.executable, program, *arguments],
         env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
+        input=typed,
         capture_output=True,
-        text=True,
         timeout=10,
     )
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def at_start(folder, *lines):
@@ -5779,6 +5796,40 @@ def test_variables_are_read_alike(monkeypatch, configure, tmp_path, name, spelle
     assert read in (arguments.host, arguments.port, Path(settings.db).name, settings.secret)
 
 
+@pytest.mark.parametrize(
+    "arguments, env, registration, keep_days",
+    [
+        ([], {}, "open", 0),
+        (
+            [],
+            {"FACTORYAPP_REGISTRATION": " Closed\n", "FACTORYAPP_KEEP_DAYS": "365"},
+            "closed",
+            365,
+        ),
+        (["--registration=OPEN"], {"FACTORYAPP_REGISTRATION": "closed"}, "open", 0),
+        (["--keep-days=0"], {"FACTORYAPP_KEEP_DAYS": "never"}, "open", 0),
+    ],
+)
+def test_registration_and_keep_days_are_settings_as_the_others(
+    configure, arguments, env, registration, keep_days
+):
+    configure(*arguments, **env)
+    settings = factoryapp.settings
+    assert (settings.registration, settings.keep_days) == (registration, keep_days)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("registration", "no"), ("registration", "closed|open")]
+    + [("keep-days", value) for value in ("-1", "1.5", "99999", "year", "1e3", "+1")],
+)
+def test_registration_or_keep_days_that_make_no_sense_are_refused(configure, name, value):
+    for given in ([f"--{name}={value}"], []):
+        env = {} if given else {f"FACTORYAPP_{name.upper().replace('-', '_')}": value}
+        with pytest.raises(factoryapp.BadSetting, match=f"--{name} cannot be '{re.escape(value)}'"):
+            configure(*given, **env)
+
+
 @pytest.mark.parametrize("option", ["--host", "--port", "--db", "--trusted-proxy", "--log-level"])
 def test_option_given_empty_is_an_error(configure, option):
     for value in ("", " \t"):
@@ -5851,6 +5902,195 @@ def test_program_runs_without_what_windows_lacks(start, tmp_path):
     program = start(**env)
     assert [m["text"] for m in list_messages(program.http, headers)] == ["kept"]
     assert program.end()[0] == 0
+
+
+def test_version_is_the_same_wherever_it_is_said(http):
+    code, out, error = run_program("--version")
+    assert (code, out, error) == (0, f"FactoryApp {factoryapp.VERSION}\n", "")
+    assert http.get("/health/").json["version"] == factoryapp.VERSION
+    assert http.get("/openapi.json").json["info"]["version"] == factoryapp.VERSION
+
+
+NEW_PASSWORD = "An0ther-pass"
+SET, DISABLE = "its password is set, its tokens have ended", "disabled"
+
+
+def administer(folder, *arguments, typed=NEW_PASSWORD):
+    """The exit code of --set-password or --disable, and the one line that it says."""
+    database = str(folder / "factoryapp.db")
+    code, out, error = run_program("--db", database, *arguments, typed=typed.encode("latin-1"))
+    assert (out + error).count("\n") == 1 and (code == 0) == bool(out)
+    return code, (out or error).rstrip("\n").removeprefix("factoryapp: ")
+
+
+def test_account_is_made_and_changed_and_disabled_without_a_server(start, tmp_path):
+    name = "  ﬁona@x "
+    assert administer(tmp_path, "--set-password", name) == (0, "fiona@x: its account is made")
+    assert administer(tmp_path, "--disable", name) == (0, "fiona@x: disabled")
+    assert administer(tmp_path, "--set-password", name, typed="\xd0\xbf" * 8 + "\r\nmore") == (
+        0,
+        f"fiona@x: {SET}",
+    )
+    log_in(start("--registration", "closed").http, "fiona@x", "п" * 8)
+    check_database(tmp_path / "factoryapp.db")
+
+
+def test_account_that_is_disabled_ends_at_once_in_a_running_server(start, bot_api, tmp_path):
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
+    alice, bob = join(program.http, "alice"), join(program.http, "bob")
+    for headers, chat_id in ((alice, 7), (bob, 8)):
+        bot_api.write(chat_id, link_token(program.http, headers))
+        bot_api.wait_for_texts(chat_id)
+    waiting = link_token(program.http, alice)
+    bot_api.failures[7].append(too_many_requests(600))
+    message = post(program.http, bob, "text", recipient="alice")
+    bot_api.wait_for(lambda: tries(bot_api, 7) == 2 and len(bot_api.texts(8)) == 2)
+    assert administer(tmp_path, "--disable", "alice") == (0, "alice: disabled")
+    answer = program.http.get("/api/users/me/", headers=alice, status=401)
+    assert answer.json["code"] == "password_changed"
+    try_password(program.http, "alice", PASSWORD)
+    bot_api.wait_for_texts(8, 3)
+    assert bot_api.texts(8)[2] == "Не доставлено пользователю alice: 1 сообщ."
+    shown = program.http.get(f"/api/messages/{message['id']}/", headers=bob).json
+    assert (shown["delivery"], shown["failure"]) == ("failed", "the account was disabled")
+    bot_api.write(9, waiting)
+    bot_api.wait_for_texts(9)
+    assert administer(tmp_path, "--set-password", "alice") == (0, f"alice: {SET}")
+    alice = log_in(program.http, "alice", NEW_PASSWORD)
+    assert program.http.get("/api/users/me/", headers=alice).json["telegram"] == "none"
+
+
+def test_password_that_is_set_ends_all_tokens_in_a_running_server_and_keeps_the_chat(
+    start, tmp_path
+):
+    program = start()
+    headers = join(program.http, "alice")
+    sent = {"username": "alice", "password": PASSWORD}
+    refresh = program.http.post_json("/auth/token/", sent).json["refresh"]
+    program.type(link_token(program.http, headers))
+    program.wait_for("успешно привязаны")
+    assert administer(tmp_path, "--set-password", "alice") == (0, f"alice: {SET}")
+    program.http.get("/api/users/me/", headers=headers, status=401)
+    program.http.post_json("/auth/token/refresh/", {"refresh": refresh}, status=401)
+    headers = log_in(program.http, "alice", NEW_PASSWORD)
+    assert program.http.get("/api/users/me/", headers=headers).json["telegram"] == "linked"
+
+
+def list_accounts():
+    return factoryapp.connection().execute("SELECT * FROM users").fetchall()
+
+
+@pytest.fixture
+def alone_with_alice(tmp_path, monkeypatch):
+    """A database with her account, without a server; the rows of its accounts."""
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
+    factoryapp.open_store()
+    factoryapp.add_user(factoryapp.connection(), "alice", "a hash")
+    return list_accounts()
+
+
+@pytest.mark.parametrize(
+    "arguments, typed, sentence",
+    [
+        (["--set-password", "alice"], "", "may not be blank"),
+        (["--set-password", "alice"], "short\n", "too short"),
+        (["--set-password", "alice"], "secret-\xff-pass\n", "UnicodeDecodeError"),
+        (["--set-password", "a b"], NEW_PASSWORD, "'a b'"),
+        (["--disable", "\udcff\n"], "", r"\udcff\n"),
+        (["--disable", "bob"], "", "no account bob"),
+        (["--disable", "alice", "--set-password", "alice"], NEW_PASSWORD, "not allowed with"),
+    ],
+)
+def test_administration_that_cannot_be_done_is_one_sentence_and_changes_nothing(
+    tmp_path, alone_with_alice, arguments, typed, sentence
+):
+    code, said = administer(tmp_path, *arguments, typed=typed)
+    assert code == 2 and sentence in said and "secret" not in said
+    assert list_accounts() == alone_with_alice
+
+
+def test_administration_while_a_server_of_another_schema_runs_is_refused(
+    tmp_path, alone_with_alice
+):
+    version = factoryapp.SCHEMA_VERSION - 1
+    factoryapp.connection().execute(f"PRAGMA user_version = {version}")
+    with closing(factoryapp.lock_database()):
+        code, said = administer(tmp_path, "--set-password", "alice")
+    assert code == 2 and "already running" in said
+    assert list_accounts() == alone_with_alice and factoryapp.check_store() == version
+
+
+def test_disabling_in_a_database_that_is_not_there_makes_none(tmp_path):
+    code, said = administer(tmp_path, "--disable", "alice")
+    assert code == 2 and "no account alice" in said and not (tmp_path / "factoryapp.db").exists()
+
+
+def test_administration_of_a_database_that_others_hold_gives_up_in_a_sentence(
+    http, monkeypatch, tmp_path, caplog
+):
+    register(http, "alice")
+    caplog.set_level("WARNING", factoryapp.log.name)  # it is set back when the test ends
+    monkeypatch.setattr(factoryapp, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(factoryapp.local, "path", None)  # with this patience
+    with another_writer(tmp_path / "factoryapp.db"):
+        assert factoryapp.main(["--db", factoryapp.settings.db, "--disable", "alice"]) == 2
+    log_in(http, "alice")
+
+
+@contextmanager
+def password_prompt(folder):
+    """--set-password alice in a terminal, which has asked already; the terminal and the process."""
+    terminal, its_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, HERE / "factoryapp.py", "--db", folder / "factoryapp.db"]
+        + ["--set-password", "alice"],
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        start_new_session=True,
+    )
+    os.close(its_end)
+    with open(terminal, "r+b", buffering=0) as terminal, process:
+        try:
+            wait_for_prompt(terminal, "Password: ")
+            yield terminal, process
+        finally:
+            process.kill()
+
+
+def wait_for_prompt(terminal, prompt, said=""):
+    """Read what a terminal shows until that is there; all of it."""
+    while prompt not in said:
+        assert select.select([terminal], [], [], 10)[0], said
+        said += terminal.read(4096).decode()
+    return said
+
+
+@pytest.mark.parametrize(
+    "again, code, sentence",
+    [
+        (NEW_PASSWORD.encode() + b"\n", 0, "alice: its account is made"),
+        (b"An0ther-poss\n", 2, "not the same"),
+        (b"\x04", 2, "EOFError"),
+        (None, 2, "KeyboardInterrupt"),
+    ],
+)
+def test_password_is_asked_twice_at_a_terminal_and_not_shown(tmp_path, again, code, sentence):
+    with password_prompt(tmp_path) as (terminal, process):
+        terminal.write(NEW_PASSWORD.encode() + b"\n")
+        said = wait_for_prompt(terminal, "The same again: ")
+        if again:
+            terminal.write(again)
+        else:
+            process.send_signal(signal.SIGINT)
+        said = wait_for_prompt(terminal, sentence, said)
+        assert process.wait(5) == code and NEW_PASSWORD not in said and "Traceback" not in said
+
+
+def test_server_may_start_while_a_password_is_being_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
+    with password_prompt(tmp_path):
+        factoryapp.lock_database().close()
 
 
 def test_program_starts_through_a_symlink_and_without_docstrings(start, tmp_path):
