@@ -170,7 +170,7 @@ MISSING_SECONDS = 600  # until "chat not found" is believed
 TEXT_ONLY_SECONDS = 5  # that is said once in a chat
 HEARD_SECONDS = 3 * 24 * 3600
 UPDATE_TRIES = 3
-CHECK_SECONDS = 1  # between two comparisons of Turns with the outbox, or longer if they take long
+UPKEEP_SECONDS = 1  # between two rounds of it, or longer if they take long
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
@@ -395,7 +395,7 @@ class Turns:
             self.slow = {}  # chat: until when it gets one message a second
             self.refused = {}  # chat: until when it waits, of the 429s since a send passed
             self.barred_until = 0  # the whole bot
-            self.check_at, self.clock_is_ahead = ticks(), now() - ticks()
+            self.clock_is_ahead = now() - ticks()
             self.looked_at = math.inf  # when the next waiting sender looks again
             for chat_id, again in queues:
                 self.put(chat_id, again)
@@ -525,6 +525,7 @@ class Turns:
 
         When it tells some chats in a row it means the bot: all wait for the shortest of them.
         """
+        self.slow = {chat: ends_at for chat, ends_at in self.slow.items() if ends_at > ticks()}
         self.slow[chat_id] = until + SLOW_SECONDS
         self.refused.pop(chat_id, None)
         self.refused[chat_id] = until
@@ -532,19 +533,15 @@ class Turns:
         if len(latest) == REFUSALS:
             self.barred_until = min(latest)
 
-    def needs_check(self):
-        """Why Turns has to be compared with the outbox: "stepped" clock, "due"; or None."""
+    def has_clock_stepped(self):
+        """Whether the clock was set since this was asked before."""
         with self.changed:
             clock_is_ahead = now() - ticks()
-            is_stepped = abs(clock_is_ahead - self.clock_is_ahead) > CLOCK_SECONDS
-            if is_stepped:
-                # Steps too small to count add up.
-                self.clock_is_ahead = clock_is_ahead
-            elif ticks() < self.check_at:
-                return None
-            self.check_at = ticks() + CHECK_SECONDS
-            self.slow = {chat: until for chat, until in self.slow.items() if until > ticks()}
-            return "stepped" if is_stepped else "due"
+            if abs(clock_is_ahead - self.clock_is_ahead) <= CLOCK_SECONDS:
+                # Such steps add up.
+                return False
+            self.clock_is_ahead = clock_is_ahead
+            return True
 
     def mend(self, queues):
         """Take up those of these chats, as the outbox has them, that would wait longer here."""
@@ -610,7 +607,7 @@ class opened:
 
 
 # This thread's `db`, the `path` it is open on, its `patience`: seconds it waits for others who
-# write, and the `version` at which check_turns() saw it last.
+# write, and the `version` at which notice_writes() saw it last.
 local = threading.local()
 write_lock = threading.Lock()
 
@@ -1922,23 +1919,10 @@ def deliver_head(home, chat_id):
     return Again(max(0, head["send_at"] - now()), "early") if head else None
 
 
-def check_turns(home, why):
-    """Compare Turns with the outbox, to which another process may have written.
-
-    After a step of the clock nothing was written, but chats may be due at another time.
-    """
-    version, started = connection().one("PRAGMA data_version")[0], ticks()
-    if why == "stepped" or version != local.version:
-        local.version = version
-        turns.mend(list_queues(connection(), home.id))
-        # A twentieth of the time at most.
-        turns.check_at = ticks() + max(CHECK_SECONDS, 20 * (ticks() - started))
-
-
 def deliver_next(home, wait_seconds=0):
     """Deliver the head of the chat whose turn it is, or comes in time. False when none's does."""
-    if why := turns.needs_check():
-        check_turns(home, why)
+    if turns.has_clock_stepped():
+        turns.mend(list_queues(connection(), home.id))
     chat_id = turns.take(wait_seconds)
     if chat_id is None:
         return False
@@ -1959,6 +1943,26 @@ def run_outbox(home, stop):
         except Exception:
             log.exception("outbox round failed")
             stop.wait(1)
+
+
+def notice_writes(home):
+    """Compare Turns with the outbox, if others have written: it may have been another process."""
+    version = connection().one("PRAGMA data_version")[0]
+    if version != local.version:
+        turns.mend(list_queues(connection(), home.id))
+        local.version = version
+
+
+def run_upkeep(home, stop):
+    """Do what nobody waits for, until told to stop."""
+    while not stop.is_set():
+        started_at = ticks()
+        try:
+            notice_writes(home)
+        except sqlite3.Error:
+            log.exception("upkeep failed; trying again")
+        # A twentieth of the time at most.
+        stop.wait(max(UPKEEP_SECONDS, 20 * (ticks() - started_at)))
 
 
 def forget_next(after):
@@ -4551,7 +4555,10 @@ def start_workers(home, stop):
         threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True)
         for n in range(SENDERS)
     ]
-    others = [threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True)]
+    others = [
+        threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True),
+        threading.Thread(target=run_upkeep, args=(home, stop), name="upkeep", daemon=True),
+    ]
     if settings.keep_days:
         others.append(threading.Thread(target=run_forgetting, args=(stop,), daemon=True))
     for worker in [*others, *senders]:

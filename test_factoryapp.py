@@ -828,7 +828,7 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(
     queue(7)
     with factoryapp.turns.changed:
         forget(factoryapp.turns)
-    clock.move(1.1)
+    factoryapp.notice_writes(telegram)
     deliver_all(telegram)
     assert bot_api.sent == [(7, "text")]
 
@@ -836,7 +836,7 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(
 def test_what_another_process_queues_is_sent_within_a_second(http, telegram, bot_api, clock):
     for count in (1, 2, 3):
         queue_by_another_process(7)
-        clock.move(1.1)
+        factoryapp.notice_writes(telegram)
         deliver_all(telegram)
         assert len(bot_api.texts(7)) == count
 
@@ -864,6 +864,7 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
         queue(6)
         queue_by_another_process(1, 4, 5)
         clock.move(61)
+        factoryapp.notice_writes(telegram)
         deliver_all(telegram)
     assert [len(bot_api.texts(chat_id)) for chat_id in range(1, 7)] == [0, 30, 0, 0, 5, 5]
     assert tries(bot_api, 1) == 1
@@ -896,6 +897,7 @@ def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
     deliver_all(telegram)
     for _ in range(8):
         queue_by_another_process(1, 7)
+        factoryapp.notice_writes(telegram)
         clock.move(1.1)
         deliver_all(telegram)
         assert bot_api.sent == []
@@ -977,11 +979,11 @@ def test_outbox_is_looked_at_only_when_something_was_written_or_the_clock_steps(
         return real(*args)
 
     queue(7, send_at=clock.seconds + 7200)
-    clock.move(1.1)
-    deliver_all(telegram)
+    factoryapp.notice_writes(telegram)
     monkeypatch.setattr(factoryapp, "list_queues", list_queues)
-    for _ in range(590):
-        clock.move(0.1)
+    for _ in range(90):
+        clock.move(1)
+        factoryapp.notice_writes(telegram)
         deliver_all(telegram)
     assert looks == []
     clock.seconds += 3
