@@ -1281,7 +1281,15 @@ def cancel_message(db, message_id):
         message_id,
     )
     if is_cancelled:
-        db.run("DELETE FROM outbox WHERE message_id = ? AND given_up_at IS NULL", message_id)
+        # Not deleted: while an own copy is in flight, nothing else may get its id.
+        db.run(
+            """
+            UPDATE outbox SET given_up_at = ?, error = 'cancelled'
+            WHERE message_id = ? AND given_up_at IS NULL
+            """,
+            iso(now()),
+            message_id,
+        )
     return is_cancelled
 
 
