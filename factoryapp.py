@@ -760,12 +760,16 @@ LADDER = {
     ALTER TABLE bots DROP COLUMN username;
     ALTER TABLE outbox ADD COLUMN is_own_copy INTEGER NOT NULL DEFAULT 0
         CHECK (is_own_copy IN (0, 1));
-    -- An own copy was queued right behind the recipient's. Answers of the bot have no send_at.
-    UPDATE outbox SET is_own_copy = 1, message_id = (
-        SELECT message_id FROM outbox AS copy
-        WHERE copy.id < outbox.id AND copy.message_id IS NOT NULL AND copy.send_at = outbox.send_at
-        ORDER BY copy.id DESC LIMIT 1)
-    WHERE message_id IS NULL AND send_at > 0;
+    -- The parts of an own copy were queued right behind those of the recipient's, if it had a chat.
+    UPDATE outbox SET is_own_copy = 1, message_id = copy.message_id
+    FROM outbox AS copy
+        JOIN messages ON messages.id = copy.message_id JOIN users ON users.id = sender_id
+    WHERE outbox.message_id IS NULL AND outbox.id BETWEEN copy.id + 1 AND copy.id + 30
+        AND sender_id <> recipient_id
+        AND (outbox.text LIKE username || ', я получил от тебя сообщение%'
+            OR outbox.text LIKE username || ' (%/%):%')
+        AND outbox.id - copy.id - 1 = (SELECT count(*) FROM outbox AS part
+            WHERE part.id > copy.id AND part.id < outbox.id AND NOT part.is_last);
     CREATE INDEX outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
     CREATE TABLE new_messages (
         id           INTEGER PRIMARY KEY AUTOINCREMENT,
