@@ -1504,13 +1504,15 @@ def settle_later(db, delivery, pause, error, is_missing):
 def set_given_up(db, reason, delivery_id, bot_id, chat_id):
     """This delivery, or all that is queued for this chat, is never sent, and keeps the reason.
 
-    The ids of the messages of which it was the recipient's copy.
+    (message id, whether it was the sender's own copy, what it was in words) of each.
     """
-    rows = db.run(
+    return db.run(
         """
         UPDATE outbox SET given_up_at = ?, error = ?
         WHERE given_up_at IS NULL AND (id = ? OR (bot_id = ? AND chat_id = ?))
-        RETURNING message_id, is_own_copy
+        RETURNING message_id, is_own_copy, coalesce((
+            SELECT printf('message %d from user %d to user %d', id, sender_id, recipient_id)
+            FROM messages WHERE id = message_id), 'an answer of the bot')
         """,
         iso(now()),
         reason,
@@ -1518,19 +1520,18 @@ def set_given_up(db, reason, delivery_id, bot_id, chat_id):
         bot_id,
         chat_id,
     ).fetchall()
-    return [row["message_id"] for row in rows if not row["is_own_copy"]]
 
 
 def fail_messages(db, message_ids, reason):
     """Their copies were given up.
 
-    (sender id, recipient id, id) of each of which that was not known.
+    (sender id, recipient id) of each of which that was not known.
     """
     return db.run(
         """
         UPDATE messages SET delivery = 'failed', failure = ?
         WHERE id IN (SELECT value FROM json_each(?)) AND delivery <> 'failed'
-        RETURNING sender_id, recipient_id, id
+        RETURNING sender_id, recipient_id
         """,
         reason,
         json.dumps(message_ids),
@@ -1798,12 +1799,12 @@ def give_up(db, reason, delivery_id, bot_id=None, chat_id=None):
 
     Its messages show that, and who sent them is told once.
     """
-    message_ids = set_given_up(db, reason, delivery_id, bot_id, chat_id)
-    failed = fail_messages(db, message_ids, reason)
-    named = [f"message {row['id']} from user {row[0]} to user {row[1]}" for row in failed[:10]]
-    if message_ids:
-        log.warning(f"{len(message_ids)} deliveries given up ({reason}): {', '.join(named)}")
-    undelivered = Counter(tuple(row)[:2] for row in failed)
+    rows = set_given_up(db, reason, delivery_id, bot_id, chat_id)
+    if rows:
+        named = ", ".join(dict.fromkeys(what for _, _, what in rows[:10]))
+        log.warning(f"{len(rows)} deliveries given up ({reason}): {named}")
+    message_ids = [message_id for message_id, is_own_copy, _ in rows if not is_own_copy]
+    undelivered = Counter(map(tuple, fail_messages(db, message_ids, reason)))
     for (sender_id, recipient_id), count in undelivered.items():
         sentence = NOT_DELIVERED.format(count=count, **find_user(db, recipient_id))
         queue_text(db, find_chat(db, sender_id), sentence)
