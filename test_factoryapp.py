@@ -119,6 +119,11 @@ def list_messages(http, headers):
     return http.get("/api/messages/", headers=headers).json
 
 
+def cancel(http, headers, message_id=1):
+    """The status of the answer."""
+    return http.delete(f"/api/messages/{message_id}/", headers=headers, status="*").status_int
+
+
 def link_token(http, headers):
     return http.get("/api/users/get-telegram-token/", headers=headers).json["telegram_token"]
 
@@ -277,6 +282,16 @@ def linked(http, telegram, bot_api):
 
 
 @pytest.fixture
+def pair(http, telegram, bot_api):
+    """Alice, whose chat is 7, and Bob, whose chat is 8."""
+    alice, bob = join(http, "alice"), join(http, "bob")
+    link_chat(http, telegram, bot_api, alice, 7)
+    link_chat(http, telegram, bot_api, bob, 8)
+    bot_api.sent.clear()
+    return alice, bob
+
+
+@pytest.fixture
 def running(telegram, bot_api):
     """The same with its polling thread and senders at work."""
     stop = threading.Event()
@@ -333,6 +348,18 @@ def too_many_requests(retry_after):
 def tries(bot_api, chat_id):
     """How often a send to the chat has reached Telegram."""
     return sum(chat == chat_id for _, chat, _ in bot_api.attempts)
+
+
+def during_send(bot_api, chat_id, act):
+    """Act while a send to the chat is in flight."""
+    real = bot_api.sendMessage
+
+    def send_message(parameters):
+        if int(parameters["chat_id"]) == chat_id:
+            act()
+        return real(parameters)
+
+    bot_api.sendMessage = send_message
 
 
 def errors(caplog):
@@ -1119,6 +1146,63 @@ def test_database_of_version_1_is_brought_up_with_all_that_is_in_it(version_1, s
     check_database(version_1)
 
 
+def test_ladder_keeps_why_a_message_failed_and_when_it_was_to_be_sent(version_1):
+    factoryapp.open_store()
+    rows = factoryapp.connection().execute("SELECT failure, send_at FROM messages").fetchall()
+    assert [tuple(row) for row in rows] == [
+        (None, None),
+        (None, None),
+        ("403 Forbidden", "2026-09-21T15:13:20.000000Z"),
+    ]
+    ids = factoryapp.connection().one("SELECT seq FROM sqlite_sequence WHERE name = 'messages'")
+    assert ids[0] == 3  # and none of these is used again
+
+
+@pytest.fixture
+def version_2(version_1):
+    """A database of version 2 in which nothing is queued yet; Alice and Bob have chats."""
+    with closing(sqlite3.connect(version_1)) as db:
+        db.executescript(f"{factoryapp.LADDER[1]}; PRAGMA user_version = 2; DELETE FROM outbox")
+        yield db
+
+
+OWN = "alice, я получил от тебя сообщение для bob:\n\ntext"
+
+
+@pytest.mark.parametrize(
+    "rows, own_copies",
+    [
+        ([(8, "copy", 3, 1), (7, OWN, None, 1)], 1),
+        (
+            [(8, "copy", 3, 0), (8, "copy", 3, 1), (7, OWN, None, 0), (7, "alice (2/2):", None, 1)],
+            2,
+        ),
+        # The next message's, whose recipient has no chat.
+        ([(8, "copy", 3, 1), (7, OWN, None, 1), (7, OWN, None, 1)], 1),
+        ([(8, "copy", 3, 1), (7, factoryapp.GREETING, None, 1)], 0),
+        ([(8, "copy", 3, 1), (8, "bob, я получил от тебя сообщение для Иван:", None, 1)], 0),
+        ([(7, "alice, я получил от тебя сообщение:", 1, 1), (7, OWN, None, 1)], 0),
+    ],
+    ids=["one part", "two parts", "two", "answer", "another's", "behind one to oneself"],
+)
+def test_ladder_finds_the_own_copies_of_a_message_and_no_others(version_2, rows, own_copies):
+    version_2.executemany(
+        """
+        INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last, queued_at)
+        VALUES (4242, ?, ?, ?, ?, 0)
+        """,
+        rows,
+    )
+    version_2.commit()
+    factoryapp.open_store()
+    found = factoryapp.connection().execute(
+        "SELECT message_id, is_own_copy FROM outbox ORDER BY id"
+    )
+    owned = [row[2] for row in rows].index(None)
+    named = [(3, 1)] * own_copies + [(None, 0)] * (len(rows) - owned - own_copies)
+    assert [tuple(row) for row in found][owned:] == named
+
+
 def add_steps(monkeypatch, *steps):
     """Have the ladder end with these steps."""
     version = factoryapp.SCHEMA_VERSION
@@ -1213,6 +1297,91 @@ def test_idempotency_key_is_forgotten_when_its_time_has_passed(http, clock):
         post(http, headers, "a")
         assert count("idempotency_keys") == 1
         clock.move(factoryapp.IDEMPOTENCY_SECONDS + 1)
+
+
+def forget(days, monkeypatch):
+    """Forget what is older, all of it; how long it would be until the next search."""
+    monkeypatch.setattr(factoryapp.settings, "keep_days", days)
+    monkeypatch.setattr(factoryapp, "FORGET_PAUSE_SECONDS", 0)
+    stop = StopAtFirstPause()
+    factoryapp.run_forgetting(stop)
+    return stop.seconds
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_old_messages_go_unless_they_are_queued_and_take_along_what_stands_on_them(
+    http, telegram, bot_api, clock, monkeypatch, pair, rows
+):
+    monkeypatch.setattr(factoryapp, "FORGET_ROWS", rows)
+    alice, _ = pair
+    later = factoryapp.iso(clock.seconds + 3 * 86_400)
+    post(http, {**alice, "Idempotency-Key": "a-key"}, "sent", recipient="bob")
+    post(http, alice, "later", recipient="bob", send_at=later)
+    post(http, alice, "cancelled", recipient="bob", send_at=later)
+    assert cancel(http, alice, 3) == 200
+    bot_api.failures[8].extend([None, TOO_LONG])
+    post(http, alice, "failed", recipient="bob")
+    deliver_all(telegram)
+    clock.move(1)
+    post(http, alice, "own copy waits", recipient="bob")
+    bot_api.failures[7].append(too_many_requests(999_999))
+    deliver_all(telegram)
+    clock.move(86_400 - 1)
+    alice = log_in(http, "alice")
+    post(http, alice, "young")
+    assert forget(1, monkeypatch) <= 3600
+    assert [m["id"] for m in list_messages(http, alice)] == [1, 2, 3, 4, 5, 6]
+    clock.move(2)
+    forget(1, monkeypatch)
+    assert [m["text"] for m in list_messages(http, alice)] == ["later", "own copy waits", "young"]
+    stand = "SELECT message_id FROM {} WHERE message_id NOT IN (2, 5, 6)"
+    for table in ("relayed", "idempotency_keys", "outbox"):
+        assert factoryapp.connection().execute(stand.format(table)).fetchall() == []
+    check_database(factoryapp.settings.db)
+
+
+def test_id_of_a_message_is_never_used_twice(http, clock, monkeypatch):
+    headers = join(http, "alice")
+    last = [post(http, headers, "text")["id"] for _ in range(3)][-1]
+    clock.move(2 * 86_400)
+    forget(1, monkeypatch)
+    headers = log_in(http, "alice")
+    assert list_messages(http, headers) == []
+    assert post(http, headers, "text")["id"] == last + 1
+
+
+def test_old_message_goes_though_the_clock_was_set_back_after_later_ones(http, clock, monkeypatch):
+    headers = join(http, "alice")
+    clock.move(86_400 - 60)
+    late = post(http, log_in(http, "alice"), "late")
+    clock.move(60 - 86_400)
+    post(http, headers, "early")
+    clock.move(86_400 + 1)
+    forget(1, monkeypatch)
+    assert list_messages(http, log_in(http, "alice")) == [late]
+
+
+def test_forgetting_goes_on_after_a_failure(http, clock, monkeypatch, caplog):
+    post(http, join(http, "alice"), "text")
+    clock.move(2 * 86_400)
+    with monkeypatch.context() as failing:
+        failing.setattr(factoryapp.settings, "db", "/nowhere/factoryapp.db")
+        assert forget(1, monkeypatch) == factoryapp.FORGET_SECONDS
+    assert "could not be forgotten" in errors(caplog)[0] and count("messages") == 1
+    forget(1, monkeypatch)
+    assert count("messages") == 0
+
+
+def test_program_forgets_old_messages_once_it_runs_even_those_of_version_1(version_1, start):
+    with closing(sqlite3.connect(version_1)) as db:
+        db.execute("UPDATE messages SET created_at = '2020-01-01T00:00:00.000000Z'")
+        db.commit()
+    program = start("--keep-days", "1")
+    alice, ends_at = log_in(program.http, "alice"), time.monotonic() + 10
+    while len(messages := list_messages(program.http, alice)) > 1 and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    assert [m["id"] for m in messages] == [3]  # whose own copy is still queued
+    assert post(program.http, alice, "new")["id"] == 4
 
 
 def restart(home):
@@ -1996,6 +2165,89 @@ def test_sender_is_told_once_of_a_message_none_of_whose_parts_can_be_delivered(
     told = [text for text in bot_api.texts(7) if "Не доставлено" in text]
     assert len(bot_api.failures[8]) == 0 and len(bot_api.texts(8)) == 1
     assert told == [factoryapp.NOT_DELIVERED.format(username="bob", count=1)]
+
+
+def given_up_lines(caplog):
+    texts = [record.getMessage() for record in caplog.records]
+    return [text.partition(" (")[::2] for text in texts if "deliveries given up" in text]
+
+
+FROM_1_TO_2 = "message 1 from user 1 to user 2"
+
+
+@pytest.mark.parametrize(
+    "text, chat_id, failures, lines",
+    [
+        ("text", 8, [BLOCKED], ["403 Forbidden: bot was blocked by the user): " + FROM_1_TO_2]),
+        ("text", 7, [BLOCKED], ["403 Forbidden: bot was blocked by the user): " + FROM_1_TO_2]),
+        (
+            "слово " * 2000,
+            8,
+            [TOO_LONG] * 3,
+            ["400 Bad Request: message is too long): " + FROM_1_TO_2] * 3,
+        ),
+    ],
+    ids=["recipient", "own copy", "each part"],
+)
+def test_line_of_a_given_up_delivery_names_message_sender_and_recipient(
+    http, telegram, bot_api, caplog, pair, text, chat_id, failures, lines
+):
+    bot_api.failures[chat_id].extend(failures)
+    post(http, pair[0], text, recipient="bob")
+    deliver_all(telegram)
+    assert given_up_lines(caplog) == [("1 deliveries given up", line) for line in lines]
+    [message] = list_messages(http, pair[1])
+    assert message["delivery"] == ("sent" if chat_id == 7 else "failed")
+
+
+def test_line_of_many_given_up_deliveries_is_short(http, telegram, bot_api, caplog, pair):
+    later = factoryapp.iso(factoryapp.now() + 3600)
+    for _ in range(30):
+        post(http, pair[0], "слово " * 2000, recipient="bob", send_at=later)
+    http.post("/api/users/unlink-telegram/", headers=pair[1])
+    [(many, names)] = given_up_lines(caplog)
+    assert many == "90 deliveries given up"
+    assert names.count("message 1 ") == 1 and len(names) < 400
+
+
+def refuse_third_part(http, telegram, bot_api, bob):
+    bot_api.failures[8].extend([None, None, TOO_LONG])
+
+
+def stop_bot(http, telegram, bot_api, bob):
+    bot_api.failures[8].append(RETRY_AFTER_9)
+    say(telegram, bot_api, 8, "/stop")
+
+
+def unlink(http, telegram, bot_api, bob):
+    http.post("/api/users/unlink-telegram/", headers=bob)
+
+
+def block(http, telegram, bot_api, bob):
+    bot_api.failures[8].append(BLOCKED)
+
+
+@pytest.mark.parametrize(
+    "give_up, failure",
+    [
+        (block, "403 Forbidden: bot was blocked by the user"),
+        (refuse_third_part, "400 Bad Request: message is too long"),
+        (stop_bot, "the chat was unlinked with /stop"),
+        (unlink, "the user unlinked the chat"),
+    ],
+)
+def test_message_says_why_its_copy_was_given_up(http, telegram, bot_api, pair, give_up, failure):
+    alice, bob = pair
+    post(http, alice, "слово " * 2000, recipient="bob")
+    give_up(http, telegram, bot_api, bob)
+    deliver_all(telegram)
+    link_chat(http, telegram, bot_api, bob, 9)  # it is about the copy that was
+    with factoryapp.transaction() as db:
+        db.execute("DELETE FROM outbox")
+    for headers in pair:
+        message = http.get("/api/messages/1/", headers=headers).json
+        assert (message["delivery"], message["failure"]) == ("failed", failure)
+        assert http.get("/api/messages/?delivery=failed", headers=headers).json == [message]
 
 
 def test_sent_message_is_not_sent_again_when_settling_fails(
@@ -4575,6 +4827,26 @@ def test_message_has_the_promised_fields(http, clock):
     assert list_messages(http, headers) == [message]
 
 
+@pytest.mark.parametrize(
+    "fields, shown",
+    [
+        ({"send_at": "2027-01-15T09:00:00Z"}, "2027-01-15T09:00:00.000000Z"),
+        ({"send_at": "2027-01-15T12:00:00.1234567+03:00"}, "2027-01-15T09:00:00.123456Z"),
+        ({"send_at": "2027-01-15T08:00:00Z"}, None),
+        ({}, None),
+    ],
+)
+def test_message_shows_when_it_is_to_be_sent_until_long_after(
+    http, telegram, clock, linked, fields, shown
+):
+    headers = log_in(http, "alice")
+    message = post(http, headers, "text", **fields)
+    assert message["send_at"] == shown
+    clock.move(7200)
+    deliver_all(telegram)
+    assert list_messages(http, log_in(http, "alice")) == [{**message, "delivery": "sent"}]
+
+
 @alone_and_crowded
 @pytest.mark.parametrize("character", ["я", "👍"])
 def test_longest_text_is_taken_in_any_encoding(http, character):
@@ -4777,6 +5049,48 @@ def test_senseless_page_is_refused(http, query, field, sentence):
         assert http.get(path + query, headers=headers, status=400).json == {field: [sentence]}
 
 
+@pytest.fixture
+def one_of_each(http, telegram, bot_api, pair):
+    """Alice and Bob, and Carol without a chat. A message in each state, each way and to oneself."""
+    later = factoryapp.iso(factoryapp.now() + 3600)
+    alice, bob = pair
+    register(http, "carol")
+    for sender, recipient in ((alice, "bob"), (bob, "alice"), (alice, "alice")):
+        post(http, sender, "sent", recipient=recipient)
+        post(http, sender, "queued", recipient=recipient, send_at=later)
+        cancelled = post(http, sender, "cancelled", recipient=recipient, send_at=later)
+        cancel(http, sender, cancelled["id"])
+        post(http, sender, "unlinked", recipient="carol")
+    deliver_all(telegram)
+    for sender, recipient, chat_id in ((alice, "bob", 8), (bob, "alice", 7), (alice, "alice", 7)):
+        bot_api.failures[chat_id].append(TOO_LONG)
+        post(http, sender, "failed", recipient=recipient)
+        deliver_all(telegram)
+        deliver_all(telegram)
+    return pair
+
+
+def test_list_is_of_one_delivery_where_that_is_asked_for(http, one_of_each):
+    for headers in one_of_each:
+        messages = list_messages(http, headers)
+        assert all(message["text"] == message["delivery"] for message in messages)
+        for delivery in factoryapp.DELIVERIES:
+            url = f"/api/messages/?delivery={delivery}"
+            ids = [message["id"] for message in messages if message["text"] == delivery]
+            assert [message["id"] for message in http.get(url, headers=headers).json] == ids
+            assert list(follow_pages(http, headers, f"{url}&limit=1")) == [[n] for n in ids]
+            before = follow_pages(http, headers, f"{url}&limit=1&before={factoryapp.MAX_ID}")
+            assert list(before) == [[n] for n in reversed(ids)] and len(ids) >= 1
+
+
+@pytest.mark.parametrize("delivery", ["", "FAILED", "failed,sent", "failed%0A"])
+def test_senseless_delivery_is_refused(http, delivery):
+    answer = http.get(
+        f"/api/messages/?delivery={delivery}", headers=join(http, "alice"), status=400
+    )
+    assert list(answer.json) == ["delivery"]
+
+
 @alone_and_crowded
 def test_one_message_is_shown_to_its_sender_and_recipient_alone(http):
     alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
@@ -4790,6 +5104,150 @@ def test_one_message_is_shown_to_its_sender_and_recipient_alone(http):
     http.get("/api/messages/1/", status=401)
     answer = http.put("/api/messages/1/", headers=alice, status=405)
     assert answer.headers["Allow"] == "DELETE, GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize(
+    "recipient, fields, failures",
+    [
+        ("bob", {}, [RETRY_AFTER_9]),
+        ("bob", {"send_at": "2027-01-15T08:01:00Z"}, []),
+        ("alice", {"send_at": "2027-01-15T08:01:00Z"}, []),
+    ],
+    ids=["told to wait", "later", "to oneself"],
+)
+def test_nothing_of_a_cancelled_message_is_ever_sent(
+    http, telegram, bot_api, clock, pair, recipient, fields, failures, is_restarted
+):
+    text = "слово " * 2000
+    alice, bob = log_in(http, "alice"), log_in(http, "bob")
+    bot_api.failures[7].extend(failures)
+    bot_api.failures[8].extend(failures)
+    key = {"Idempotency-Key": "a-key"}
+    first = post(http, {**alice, **key}, text, recipient=recipient, **fields)
+    deliver_all(telegram)
+    if is_restarted:
+        reopen_turns(telegram)
+    answer = http.delete(f"/api/messages/{first['id']}/", headers=alice).json
+    assert answer == {**first, "delivery": "cancelled"}
+    assert post(http, {**alice, **key}, text, recipient=recipient, **fields) == first
+    post(http, alice, "next", recipient=recipient)
+    clock.move(100)
+    deliver_all(telegram)
+    assert {sent[-4:] for _, sent in bot_api.sent} == {"next"}
+    assert list_messages(http, alice if recipient == "alice" else bob)[0] == answer
+    assert http.get("/health/").json["queued"] == 0
+
+
+def test_message_that_is_queued_no_more_cannot_be_cancelled(http, one_of_each):
+    alice, _ = one_of_each
+    mine = [m for m in list_messages(http, alice) if m["sender"] == "alice"]
+    statuses = {(m["delivery"], cancel(http, alice, m["id"])) for m in mine}
+    assert statuses == {
+        ("queued", 200),
+        ("sent", 409),
+        ("failed", 409),
+        ("unlinked", 409),
+        ("cancelled", 409),
+    }
+    again = http.delete(f"/api/messages/{mine[0]['id']}/", headers=alice, status=409).json
+    assert "cannot be cancelled" in again["detail"]
+
+
+def test_message_is_cancelled_by_its_sender_alone(http, clock, pair):
+    alice, bob, carol = log_in(http, "alice"), log_in(http, "bob"), join(http, "carol")
+    message = post(http, alice, "text", recipient="bob", send_at="2027-01-15T09:00:00Z")
+    assert cancel(http, bob) == 403
+    for path in ("1", "2", "0", str(2**63), "9" * 19, "9" * 20, "-1", "x"):
+        assert cancel(http, carol, path) == 404
+    assert cancel(http, {}) == 401
+    assert list_messages(http, bob) == [message]
+
+
+def test_message_is_cancelled_once_though_it_is_asked_twice_at_once(http, pair):
+    post(http, pair[0], "text", recipient="bob", send_at=factoryapp.iso(factoryapp.now() + 60))
+    ask = "DELETE", "/api/messages/1/", None, pair[0]
+    assert sorted(answer.status for answer in http.ask(ask, ask, ask)) == [200, 409, 409]
+
+
+def test_message_of_which_a_part_was_sent_cannot_be_cancelled(http, telegram, bot_api, pair):
+    alice, _ = pair
+    bot_api.failures[8].extend([None, RETRY_AFTER_9])
+    post(http, alice, "слово " * 2000, recipient="bob")
+    deliver_all(telegram)
+    reopen_turns(telegram)
+    assert len(bot_api.texts(8)) == 1 and cancel(http, alice) == 409
+    assert list_messages(http, alice)[0]["delivery"] == "queued"
+
+
+def test_message_on_its_way_to_its_recipient_cannot_be_cancelled(http, telegram, bot_api, pair):
+    alice, bob = pair
+    statuses = []
+    during_send(bot_api, 8, lambda: statuses.append(cancel(http, alice)))
+    post(http, alice, "слово " * 2000, recipient="bob")
+    deliver_all(telegram)
+    assert statuses == [409] * 3 and len(bot_api.texts(8)) == 3
+    assert list_messages(http, bob)[0]["delivery"] == "sent"
+
+
+@pytest.mark.parametrize(
+    "text, failures",
+    [("text", []), ("слово " * 2000, []), ("text", [TOO_LONG]), ("text", [BLOCKED])],
+)
+def test_message_is_cancelled_while_its_own_copy_is_in_flight_and_no_other_is_lost_by_that(
+    http, telegram, bot_api, clock, pair, text, failures
+):
+    alice = log_in(http, "alice")
+    statuses = []
+
+    def cancel_and_post():
+        if not statuses:
+            statuses.append(cancel(http, alice))
+            post(http, alice, "next", recipient="bob")
+            if failures:
+                raise Refused(failures[0])
+
+    bot_api.failures[8].append(RETRY_AFTER_9)
+    during_send(bot_api, 7, cancel_and_post)
+    post(http, alice, text, recipient="bob")
+    deliver_all(telegram)
+    clock.move(100)
+    deliver_all(telegram)
+    assert statuses == [200] and [sent[-4:] for sent in bot_api.texts(8)] == ["next"]
+    assert len(bot_api.texts(7)) == (failures == []) + (failures != [BLOCKED])
+    deliveries = [m["delivery"] for m in list_messages(http, log_in(http, "alice"))]
+    assert deliveries == ["cancelled", "sent"]
+
+
+@pytest.mark.parametrize("chat_id, sent", [(7, []), (8, [7])])
+def test_message_that_a_sender_was_about_to_send_is_not_sent_once_it_is_cancelled(
+    http, telegram, bot_api, monkeypatch, pair, chat_id, sent
+):
+    real, statuses = factoryapp.turns.claim, []
+
+    def claim(chat, delivery):
+        if chat == chat_id and not statuses:
+            statuses.append(cancel(http, pair[0]))
+        return real(chat, delivery)
+
+    monkeypatch.setattr(factoryapp.turns, "claim", claim)
+    post(http, pair[0], "text", recipient="bob")
+    deliver_all(telegram)
+    assert statuses == [200] and [chat for chat, _ in bot_api.sent] == sent
+
+
+def test_nothing_of_a_message_is_sent_while_it_is_being_cancelled(
+    http, telegram, bot_api, monkeypatch, pair
+):
+    real = factoryapp.cancel_message
+
+    def deliver_meanwhile(*args):
+        deliver_all(telegram)
+        return real(*args)
+
+    monkeypatch.setattr(factoryapp, "cancel_message", deliver_meanwhile)
+    post(http, pair[0], "text", recipient="bob")
+    assert cancel(http, pair[0]) == 200 and bot_api.attempts[2:] == []
 
 
 def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, linked):
@@ -5304,12 +5762,14 @@ def test_list_of_one_piece_is_answered_in_its_round(http, monkeypatch):
 
 def test_lists_are_merged_in_the_order_of_their_indexes(http):
     db = factoryapp.connection()
-    page = {"user": 1, "after": 0, "before": 9, "limit": 5}
-    for listing in (factoryapp.OWN_MESSAGES, factoryapp.USERS):
+    page = {"user": 1, "after": 0, "before": 9, "limit": 5, "delivery": "failed"}
+    by_delivery = factoryapp.OWN_MESSAGES_BY_DELIVERY
+    for listing in (factoryapp.OWN_MESSAGES, by_delivery, factoryapp.USERS):
         for query in (listing.rows, f"{listing.ids} ORDER BY id DESC LIMIT 2"):
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", page)]
             assert "SEARCH" in str(plan) and "TEMP B-TREE" not in str(plan), plan
             assert not [step for step in plan if step.startswith("SCAN")], plan
+            assert str(plan).count("AND delivery=?") == 2 * (listing is by_delivery), plan
 
 
 def test_pipelined_requests_are_answered_in_order(http):
