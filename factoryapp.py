@@ -3890,8 +3890,7 @@ def cancel(user, message_id):
         raise refusal(403, "Only its sender can cancel a message.")
     with turns.hold(message["id"]) as is_free, transaction() as db:
         if not is_free or not cancel_message(db, message["id"]):
-            detail = "This message cannot be cancelled any more: it has gone out, or was cancelled."
-            raise refusal(409, detail)
+            raise refusal(409, "Only what is queued, and not on its way yet, can be cancelled.")
         return find_message(db, message["id"], user["id"])
 
 
