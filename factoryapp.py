@@ -3614,7 +3614,8 @@ def show_health():
     except sqlite3.Error as error:
         log.error(f"the database does not answer: {error}")
         reason = f"The database does not answer: {error}."
-        raise HTTPError(503, {**health, "status": "error", "reason": reason}) from None
+        outage = {"status": "error", "reason": reason, "detail": reason}
+        raise HTTPError(503, health | outage) from None
     oldest_seconds = round(now() - oldest, 3) if queued else 0
     return {**health, "queued": queued, "oldest_queued_seconds": oldest_seconds}
 

@@ -5380,6 +5380,7 @@ def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path))
     answer = http.get("/health/", status=503).json
     assert answer["reason"].startswith("The database does not answer: ")
+    assert answer["detail"] == answer["reason"]
     assert (answer["status"], answer["bot"], answer["bot_error"]) == ("error", "terminal", None)
 
 
