@@ -3204,21 +3204,25 @@ class Text:
     pattern: str = None
     pattern_error: str = None
     example: str = None
+    description: str = None
+    type: object = ("string", "number")  # in JSON; a number counts as its digits
+    # JSON schema's, whose \w is ASCII alone. As it is here: not blank.
+    schema_pattern: str = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
     @property
     def schema(self):
-        not_blank = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
         schema = {
-            "type": ["string", "number"],
+            "type": self.type,
             "minLength": 1,
             "maxLength": self.max_length,
             "example": self.example,
-            "pattern": f"^{self.pattern}$" if self.pattern else not_blank,
+            "description": self.description,
+            "pattern": self.schema_pattern,
         }
         return {name: value for name, value in schema.items() if value is not None}
 
     def read(self, value):
-        """The text that was sent; a number counts as its digits. Raises Refused."""
+        """The text that was sent. Raises Refused."""
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise Refused(NOT_A_STRING)
         text = self.tidy(str(value))
@@ -3263,8 +3267,14 @@ class Flag:
     """Yes or no, in all of Django REST framework's spellings."""
 
     required = False
-    schema = {"type": "boolean"}
     yes, no = "true t yes y on 1 1.0".split(), "false f no n off 0 0.0".split()
+    schema = {
+        "type": ["boolean", "string", "integer"],
+        "pattern": f"^({'|'.join(yes + no)})$",
+        "minimum": 0,
+        "maximum": 1,
+        "example": False,
+    }
 
     def read(self, value):
         word = str(value).lower()
@@ -3280,7 +3290,7 @@ class Moment:
     """
 
     required = False
-    schema = {"type": "string", "format": "date-time"}
+    schema = {"type": "string", "format": "date-time", "example": "2026-01-01T09:00:00Z"}
     pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
 
     def read(self, value):
@@ -3302,23 +3312,25 @@ class Moment:
 
 @dataclass
 class Number:
-    """An integer of a query string."""
+    """An integer of a query string; its attributes are named as JSON schema names them."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
+    example: int
+    description: str
     required = False
 
     @property
     def schema(self):
-        return {"type": "integer", "minimum": self.least, "maximum": self.most}
+        return {"type": "integer", **vars(self)}
 
     def read(self, value):
         if not re.fullmatch("-?[0-9]{1,20}", value):
             raise Refused("A valid integer is required.")
-        if int(value) < self.least:
-            raise Refused(f"Ensure this value is greater than or equal to {self.least}.")
-        if int(value) > self.most:
-            raise Refused(f"Ensure this value is less than or equal to {self.most}.")
+        if int(value) < self.minimum:
+            raise Refused(f"Ensure this value is greater than or equal to {self.minimum}.")
+        if int(value) > self.maximum:
+            raise Refused(f"Ensure this value is less than or equal to {self.maximum}.")
         return int(value)
 
 
@@ -3459,9 +3471,9 @@ def finite_float(digits):
 
 
 PAGING = {
-    "after": Number(0, MAX_ID),
-    "before": Number(0, MAX_ID),
-    "limit": Number(1, MAX_PAGE_ROWS),
+    "after": Number(0, MAX_ID, 0, "Only what is later than this id."),
+    "before": Number(0, MAX_ID, 1_000_000, "Only what is earlier than this id."),
+    "limit": Number(1, MAX_PAGE_ROWS, 100, "At most so many; a Link then names the next page."),
 }
 
 
@@ -3555,6 +3567,7 @@ USERNAME_FIELD = Text(
     tidy=tidy_username,
     example="alice",
     pattern=r"[\w.@+-]+",
+    schema_pattern=r"^([\w.@+-]|[^\u0000-\u007f])+$",
     pattern_error=(
         "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ "
         "characters."
@@ -3857,8 +3870,11 @@ def replay(db, user, request_hash, earlier):
     delivery=Text(
         required=False,
         pattern=f"({'|'.join(DELIVERIES)})",
+        schema_pattern=f"^({'|'.join(DELIVERIES)})$",
         pattern_error=f"Choose one of {', '.join(DELIVERIES)}.",
         example="failed",
+        description=f"Only those of this delivery: {', '.join(DELIVERIES)}.",
+        type="string",
     ),
 )
 @answers(200, {"type": "array", "items": A_MESSAGE})

@@ -5447,6 +5447,30 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
             assert required == re.findall(r"{(\w+)}", path)
 
 
+def test_openapi_allows_no_more_than_a_field_takes(http):
+    paths = http.get("/openapi.json").json["paths"]["/api/messages/"]
+    body = paths["post"]["requestBody"]["content"][JSON]["schema"]
+    silent = body["properties"]["silent"]
+    assert (silent["minimum"], silent["maximum"]) == (0, 1)
+    words = ("true", "yes", "0", "maybe", "")
+    taken = [word for word in words if re.search(silent["pattern"], word)]
+    assert taken == ["true", "yes", "0"]
+    assert body["properties"]["text"]["type"] == ["string", "number"]
+    delivery = next(p["schema"] for p in paths["get"]["parameters"] if p["name"] == "delivery")
+    assert delivery["type"] == "string"
+    taken = [word for word in ("sent", "is sent", "") if re.search(delivery["pattern"], word)]
+    assert taken == ["sent"]
+
+
+def test_openapi_allows_names_that_are_not_ascii(http):
+    paths = http.get("/openapi.json").json["paths"]
+    body = paths["/api/users/register/"]["post"]["requestBody"]["content"][JSON]["schema"]
+    pattern = body["properties"]["username"]["pattern"]
+    # JSON schema reads \w as ASCII.
+    names = [name for name in ("Иван_1", "𠀀", "a b", "a/b") if re.search(pattern, name, re.ASCII)]
+    assert names == ["Иван_1", "𠀀"]
+
+
 @pytest.mark.parametrize(
     "said, address",
     [
