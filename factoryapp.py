@@ -2966,8 +2966,9 @@ class Declared(NamedTuple):
     max_body_bytes: int = MAX_BODY_BYTES
     headers: dict = {}  # name: JSON schema
     status: int = 200  # when all went well
-    schema: dict = None  # JSON schema of that answer
-    refusals: frozenset = frozenset({500, 503})  # statuses
+    schema: dict = None  # JSON schema of that answer, None: it has no body
+    answer_headers: tuple = ()  # names, of that answer
+    refusals: frozenset = frozenset({500, 503})  # statuses; 400 is for any
 
 
 def declared(route):
@@ -2992,16 +2993,16 @@ def waits(lane):
 
 def asks(**fields):
     """The route gets these fields of the query string."""
-    return declare(400, query=fields)
+    return declare(query=fields)
 
 
 def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
     """The route gets these fields of the body."""
-    return declare(400, 413, 415, max_body_bytes=max_body_bytes, body=fields)
+    return declare(413, 415, max_body_bytes=max_body_bytes, body=fields)
 
 
 def answers(status, schema, *refusals):
-    """The route answers so when all goes well; without a schema it is no JSON."""
+    """The route answers so when all goes well, and may refuse with these statuses."""
     return declare(*refusals, status=status, schema=schema)
 
 
@@ -3541,25 +3542,55 @@ def an_object(**properties):
     }
 
 
-# JSON schemas of what is answered.
-AN_ID = {"type": "integer", "minimum": 1, "example": 1}
-A_NAME = {"type": "string", "example": "alice"}
-A_TIME = {"type": "string", "format": "date-time", "example": "2026-11-23T18:08:27.130235Z"}
-A_JWT = {"type": "string", "example": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJ0b2tlbl90eXBlIj…"}
-A_USER = an_object(id=AN_ID, username=A_NAME)
-A_MESSAGE = an_object(
-    id=AN_ID,
-    sender=A_NAME,
-    recipient=A_NAME,
-    text={"type": "string", "example": "Линия 4 остановлена"},
-    created_at=A_TIME,
-    source={"enum": ["api", "telegram"]},
-    delivery={"enum": DELIVERIES, "description": "of the recipient's copy"},
-    failure={"type": ["string", "null"], "example": "403 Forbidden: bot was blocked by the user"},
-    send_at=A_TIME | {"type": ["string", "null"]},
-)
+COMPONENTS = {}  # name: JSON schema
 
-A_BOT = {"type": ["string", "null"], "example": "@factory_bot"}
+
+def component(name, schema):
+    """A reference to this JSON schema, which the description has once, under the name."""
+    COMPONENTS[name] = schema
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+# JSON schemas of what is answered.
+AN_ID = {
+    "type": "integer",
+    "minimum": 1,
+    "example": 1,
+    "description": "A number that the server gives, greater for what is later.",
+}
+A_TEXT = {"type": "string"}
+OR_NULL = {"type": ["string", "null"]}
+A_NAME = A_TEXT | {"example": "alice"}
+A_TIME = A_TEXT | {"format": "date-time", "example": "2026-11-23T18:08:27.130235Z"}
+A_JWT = A_TEXT | {"example": "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJ0b2tlbl90eXBlIj…"}
+A_BOT = OR_NULL | {"example": "@factory_bot"}
+A_USER = component("User", an_object(id=AN_ID, username=A_NAME))
+A_MESSAGE = component(
+    "Message",
+    an_object(
+        id=AN_ID,
+        sender=A_NAME,
+        recipient=A_NAME,
+        text=A_TEXT | {"example": "Линия 4 остановлена"},
+        created_at=A_TIME,
+        source={"enum": ["api", "telegram"]},
+        delivery={"enum": DELIVERIES, "description": "of the recipient's copy"},
+        failure=OR_NULL | {"example": "403 Forbidden: bot was blocked by the user"},
+        send_at=A_TIME | OR_NULL,
+    ),
+)
+A_DETAIL = component(
+    "Detail",
+    {
+        **an_object(detail=A_TEXT),
+        "additionalProperties": True,
+        "description": "A sentence; with it the code of a bad token, or all else about the health.",
+    },
+)
+FIELD_ERRORS = component(
+    "FieldErrors",
+    {"type": "object", "additionalProperties": {"type": "array", "items": A_TEXT}},
+)
 
 # Fields of what is asked.
 USERNAME_FIELD = Text(
@@ -3581,9 +3612,12 @@ TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 
 
 @app.get("/")
-@answers(200, None)
+@answers(200, A_TEXT | {"contentMediaType": "text/html"})
 def show_page():
-    """The page for people with a browser."""
+    """Show the page.
+
+    For people with a browser, who can try all requests in it.
+    """
     response.headers.update(PAGE_HEADERS)
     return PAGE.replace("<main>", f'<main class="{settings.registration}">').encode()
 
@@ -3594,21 +3628,21 @@ def show_page():
     200,
     an_object(
         status={"enum": ["ok", "degraded"]},
-        version={"const": VERSION},
+        version=A_TEXT | {"example": VERSION},
         bot=A_BOT,
         bot_reachable={"type": "boolean"},
-        bot_error={"type": ["string", "null"]},
-        bot_answered_at=A_TIME | {"type": ["string", "null"]},
+        bot_error=OR_NULL,
+        bot_answered_at=A_TIME | OR_NULL,
         queued={"type": "integer"},
         oldest_queued_seconds={"type": "number"},
     ),
-    503,
 )
 def show_health():
-    """Whether the database answers, which bot speaks, and how much it has still to say.
+    """Show how the server is.
 
-    The bot is null while Telegram was not reached yet. Degraded: it has not answered for a minute,
-    or is refused.
+    Whether the database answers, which bot speaks, and how much it has still to say. The bot is
+    null while Telegram was not reached yet. Degraded: it has not answered for a minute, or is
+    refused.
     """
     home = running.home
     health = {
@@ -3639,7 +3673,10 @@ def show_health():
 @takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
 @answers(201, A_USER)
 def register(username, password):
-    """Make an account."""
+    """Make an account.
+
+    Anybody may, unless whoever runs the server has closed registration: 403.
+    """
     # Refused before the hash: or each of many tries would take its time.
     if find_user_by_name(connection(), username):
         raise HTTPError(400, NAME_TAKEN)
@@ -3671,7 +3708,10 @@ def check_password(username, password, password_hash):
 @takes(username=NAME_FIELD, password=PASSWORD_FIELD)
 @answers(200, an_object(refresh=A_JWT, access=A_JWT), 401, 429)
 def log_in(username, password):
-    """Exchange name and password for a refresh and an access token."""
+    """Exchange name and password for two tokens.
+
+    The access token goes with requests, for 5 minutes; the refresh token gets new ones, for a day.
+    """
     user = find_user_by_name(connection(), username)
     password_hash = user["password"] if user else nobodys_hash()
     is_right = check_password(username, password, password_hash)
@@ -3700,7 +3740,10 @@ def read_live_token(token, kind=None):
 @takes(refresh=TOKEN_FIELD)
 @answers(200, an_object(access=A_JWT), 401)
 def refresh_token(refresh):
-    """Exchange a refresh token for a new access token."""
+    """Exchange a refresh token for an access token.
+
+    The refresh token stays as it is, and may be used again.
+    """
     _, user = read_live_token(refresh, "refresh")
     if user is None:
         raise HTTPError(401, NO_ACCOUNT)
@@ -3711,7 +3754,10 @@ def refresh_token(refresh):
 @takes(token=TOKEN_FIELD)
 @answers(200, an_object(), 401)
 def verify_token(token):
-    """Say whether a token of either kind is valid."""
+    """Say whether a token is valid.
+
+    It may be of either kind. One that is not is answered 401, which says why.
+    """
     read_live_token(token)
     return {}
 
@@ -3720,7 +3766,10 @@ def verify_token(token):
 @takes(refresh=TOKEN_FIELD)
 @answers(200, an_object(), 401)
 def blacklist_token(refresh):
-    """Log out: the refresh token is dead from now on."""
+    """Log out.
+
+    The refresh token is dead from now on; an access token lives to its end.
+    """
     claims, _ = read_live_token(refresh, "refresh")
     with transaction() as db:
         add_blacklisted_token(db, claims["jti"], float(claims["exp"]))
@@ -3734,14 +3783,17 @@ def blacklist_token(refresh):
 @answers(
     200,
     an_object(
-        telegram_token={"type": "string"},
+        telegram_token=A_TEXT,
         expires_at=A_TIME,
         bot=A_BOT,
-        link={"type": ["string", "null"]},
+        link=OR_NULL,
     ),
 )
 def get_telegram_token(user):
-    """A new one-time token that links a chat to the account; the earlier one is dead."""
+    """Get a token that links a chat to the account.
+
+    It is sent to the bot, within 10 minutes, and works once; the earlier one is dead.
+    """
     token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
     with transaction() as db:
         add_link_token(db, user["id"], token, expires_at)
@@ -3756,7 +3808,10 @@ def get_telegram_token(user):
 @signed_in
 @answers(204, None)
 def unlink_telegram(user):
-    """Unlink the account's chat, for a lost phone: what is queued for it is given up."""
+    """Unlink the account's chat.
+
+    For a lost phone: what is queued for it is given up.
+    """
     with transaction() as db:
         if chat := find_chat(db, user["id"]):
             unlink_chat(db, *chat, "the user unlinked the chat")
@@ -3768,7 +3823,10 @@ def unlink_telegram(user):
 @takes(current_password=PASSWORD_FIELD, new_password=NEW_PASSWORD_FIELD)
 @answers(204, None, 429)
 def change_password(user, current_password, new_password):
-    """Change the password, which ends every token issued before."""
+    """Change the password.
+
+    Every token issued before ends.
+    """
     old_hash = user["password"]
     if not check_password(user["username"], current_password, old_hash):
         log.warning(f"refused set-password from {client_address()}: wrong password")
@@ -3791,7 +3849,10 @@ def change_password(user, current_password, new_password):
     ),
 )
 def show_account(user):
-    """Who you are, and whether a chat of the bot that runs now, or elsewhere, is linked to you."""
+    """Show who you are.
+
+    And whether a chat is linked to you: with the bot that runs now, or elsewhere, with another.
+    """
     chat, telegram = find_chat(connection(), user["id"]), "none"
     if chat:
         telegram = "linked" if chat["bot_id"] == running.home.id else "elsewhere"
@@ -3806,9 +3867,13 @@ def show_account(user):
 @app.get("/api/users/")
 @signed_in
 @asks(**PAGING)
+@declare(answer_headers=["Link"])
 @answers(200, {"type": "array", "items": A_USER})
 def list_all_users(user, **page):
-    """List all users, or one page of them."""
+    """List all users.
+
+    Or one page of them: those after an id, or before one, the earliest first.
+    """
     return answer_list(USERS, user, **page)
 
 
@@ -3821,12 +3886,23 @@ def list_all_users(user, **page):
     silent=Flag(),
     send_at=Moment(),
 )
-@declare(headers={"Idempotency-Key": {"type": "string", "pattern": "^[!-~]{1,255}$"}})
+@declare(
+    headers={
+        "Idempotency-Key": {
+            "type": "string",
+            "pattern": "^[!-~]{1,255}$",
+            "example": "line-4-stopped-at-18-08",
+            "description": "Of your choice, another for each message, the same for a retry.",
+        }
+    },
+    answer_headers=["Idempotency-Replayed"],
+)
 @answers(201, A_MESSAGE, 422)
 def post_message(user, text, recipient, silent, send_at):
-    """Store a message and queue its copies, together or not at all.
+    """Send a message.
 
-    With an Idempotency-Key, a retry stores nothing more.
+    It is stored and its copies are queued, together or not at all. Without a recipient it is to
+    yourself. With an Idempotency-Key, a retry stores nothing more.
     """
     key = read_idempotency_key()
     request_hash = hashlib.sha256(repr((text, recipient, silent, send_at)).encode()).digest()
@@ -3877,9 +3953,13 @@ def replay(db, user, request_hash, earlier):
         type="string",
     ),
 )
+@declare(answer_headers=["Link"])
 @answers(200, {"type": "array", "items": A_MESSAGE})
 def list_own_messages(user, delivery, **page):
-    """List all that you sent or received, or one page of it, oldest first."""
+    """List your messages.
+
+    All that you sent or received, or one page of it, oldest first.
+    """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
     return answer_list(listing, user, delivery=delivery, **page)
 
@@ -3888,7 +3968,10 @@ def list_own_messages(user, delivery, **page):
 @signed_in
 @answers(200, A_MESSAGE, 404)
 def show_message(user, message_id):
-    """One message that you sent or received."""
+    """Show a message.
+
+    One that you sent or received; of others you are told that they are not there.
+    """
     message = find_message(connection(), min(int(message_id), MAX_ID), user["id"])
     if message is None:
         raise HTTPError(404)
@@ -3901,7 +3984,10 @@ def show_message(user, message_id):
 @signed_in
 @answers(200, A_MESSAGE, 403, 404, 409)
 def cancel(user, message_id):
-    """Send nothing more of a message of yours, if nothing has reached its recipient."""
+    """Cancel a message.
+
+    Nothing more is sent of one of yours, if nothing of it has reached its recipient.
+    """
     message = json.loads(show_message(user, message_id))
     if message["sender"] != user["username"]:
         raise refusal(403, "Only its sender can cancel a message.")
@@ -3914,6 +4000,25 @@ def cancel(user, message_id):
 # --- OpenAPI --------------------------------------------------------------------------------------
 # The description of the API, made from what the routes declare.
 
+# The tag of each path that begins so; the first counts.
+TAGS = {
+    "/api/users/": "accounts",
+    "/api/messages/": "messages",
+    "/auth/": "tokens",
+    "/": "server",
+}
+BEARER = {"Bearer": []}
+# What a status means, where it says more than its phrase.
+MEANINGS = {
+    **HTTP_CODES,
+    **PUBLIC_DETAILS,
+    400: "The request cannot be read, or fields of it are wrong: each with its sentences.",
+    401: "The token, or name and password, are not valid.",
+    409: "It is too late for this.",
+    422: "The Idempotency-Key was used for another request.",
+    429: "Too many wrong passwords were tried: wait for so many seconds as Retry-After says.",
+}
+
 
 def describe_api(address):
     """The OpenAPI 3.1 document. `address` is this server's URL."""
@@ -3922,96 +4027,100 @@ def describe_api(address):
         path = re.sub(r"<(\w+):[^>]+>", r"{\1}", route.rule)
         if "." in path:
             path = path.rstrip("/")
-        operation = describe_route(route.callback, re.findall(r"{(\w+)}", path))
-        paths.setdefault(path, {})[route.method.lower()] = operation
+        paths.setdefault(path, {})[route.method.lower()] = describe_route(path, route.callback)
     bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "FactoryApp",
             "version": VERSION,
-            "description": DESCRIPTION,
+            "description": f"{DESCRIPTION} Bodies may also be forms, urlencoded or multipart.",
         },
         "servers": [{"url": address}],
         "paths": paths,
-        "components": {"securitySchemes": {"Bearer": bearer}},
+        "components": {"schemas": COMPONENTS, "securitySchemes": {"Bearer": bearer}},
     }
 
 
-def describe_route(route, path_names):
+def describe_route(path, route):
     """The OpenAPI operation of one route: every field it takes, every status it answers."""
     said = declared(route)
+    # `python -OO` takes the docstrings away.
+    text = route.__doc__ or route.__name__.replace("_", " ")
+    summary, _, more = text.partition(".\n")
     operation = {
         "operationId": route.__name__,
-        # `python -OO` takes the docstrings away.
-        "summary": (route.__doc__ or route.__name__.replace("_", " ")).split("\n")[0],
-        "parameters": describe_parameters(said, path_names),
+        "tags": [next(TAGS[start] for start in TAGS if path.startswith(start))],
+        "summary": summary,
+        "description": " ".join(more.split()),
+        "security": {require_user: [BEARER], may_register: [{}, BEARER]}.get(said.sign_in, []),
+        "parameters": describe_parameters(said, re.findall(r"{(\w+)}", path)),
         "responses": describe_answers(said),
     }
-    if said.sign_in is require_user:
-        operation["security"] = [{"Bearer": []}]
-    elif said.sign_in is may_register:
-        operation["security"] = [{"Bearer": []}, {}]
     if said.body:
-        operation["requestBody"] = describe_body(said.body)
+        operation["requestBody"] = {"required": True, **as_content(describe_body(said.body))}
     return operation
 
 
 def describe_parameters(said, path_names):
     """What a request says beside its body."""
-    schemas = [("path", name, AN_ID) for name in path_names]
-    schemas += [("query", name, each.schema) for name, each in said.query.items()]
-    schemas += [("header", name, schema) for name, schema in said.headers.items()]
+    query = {name: field.schema for name, field in said.query.items()}
+    places = {"path": dict.fromkeys(path_names, AN_ID), "query": query, "header": said.headers}
     return [
-        {"name": name, "in": place, "required": place == "path", "schema": schema}
-        for place, name, schema in schemas
+        {
+            "name": name,
+            "in": place,
+            "required": place == "path",
+            "description": schema["description"],
+            "example": schema["example"],
+            "schema": schema,
+        }
+        for place, schemas in places.items()
+        for name, schema in schemas.items()
     ]
 
 
 def describe_body(fields):
-    schema = {
+    return {
         "type": "object",
         "properties": {name: each.schema for name, each in fields.items()},
         "required": [name for name, each in fields.items() if each.required],
     }
-    media_types = (
-        "application/json",
-        "application/x-www-form-urlencoded",
-        "multipart/form-data",
-    )
-    return {"required": True, "content": dict.fromkeys(media_types, {"schema": schema})}
-
-
-def in_json(schema):
-    return {"content": {"application/json": {"schema": schema}}}
 
 
 def describe_answers(said):
     """Every status, with its schema and the headers that say more."""
-    described = {
-        status: {"description": HTTP_CODES[status], **in_json({"type": "object"})}
-        for status in sorted(said.refusals)
+    schemas = {
+        said.status: said.schema,
+        **dict.fromkeys(said.refusals, A_DETAIL),
+        400: {"anyOf": [A_DETAIL, FIELD_ERRORS]},
     }
-    described[said.status] = {"description": "done"}
-    if said.schema is not None:
-        described[said.status] |= in_json(said.schema)
-    elif said.status == 200:
-        described[200]["content"] = {"text/html": {"schema": {"type": "string"}}}
-    more = {"Retry-After": said.refusals & {429, 503}}
-    if "limit" in said.query:
-        more["Link"] = {200}
-    if said.headers:
-        more["Idempotency-Replayed"] = {201}
-    for name, statuses in more.items():
-        for status in statuses:
-            described[status].setdefault("headers", {})[name] = {"schema": {"type": "string"}}
-    return {str(status): answer for status, answer in described.items()}
+    headers = {said.status: said.answer_headers, 429: ["Retry-After"], 503: ["Retry-After"]}
+    return {
+        str(status): {
+            "description": MEANINGS[status],
+            "headers": dict.fromkeys(headers.get(status, ()), {"schema": A_TEXT}),
+            **as_content(schemas[status]),
+        }
+        for status in sorted(schemas)
+    }
+
+
+def as_content(schema):
+    """What a body of this schema is described by; None: there is none."""
+    if schema is None:
+        return {}
+    media_type = schema.get("contentMediaType", "application/json")
+    return {"content": {media_type: {"schema": schema}}}
 
 
 @app.get("/openapi.json/")
 @answers(200, {"type": "object"})
 def show_openapi():
-    """This description of the API, in OpenAPI 3.1."""
+    """Describe the API.
+
+    This document, in OpenAPI 3.1: Postman imports it, and clients can be made from it.
+    """
     environ = request.environ
     # Of several, the one that the client's own proxy said.
     scheme = next(forwarded("PROTO"), environ["wsgi.url_scheme"]).lower()

@@ -33,7 +33,7 @@ from html import unescape
 from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
 import jwt
 import pytest
@@ -5387,8 +5387,23 @@ def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
 # --- OpenAPI --------------------------------------------------------------------------------------
 
 
-def fits(value, schema):
-    """Whether a value is what a JSON schema of ours says."""
+def described_operations(document):
+    """(method, path, operation) of all that the OpenAPI document describes."""
+    return [
+        (method.upper(), path, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+
+
+def fits(value, schema, named):
+    """Whether a value is what a JSON schema of ours says; `named` are the document's schemas."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        schema = named[schema["$ref"].removeprefix("#/components/schemas/")]
+    if "anyOf" in schema:
+        return any(fits(value, one, named) for one in schema["anyOf"])
     kinds = {
         "object": dict,
         "array": list,
@@ -5398,8 +5413,8 @@ def fits(value, schema):
         "boolean": bool,
         "null": type(None),
     }
-    if "enum" in schema or "const" in schema:
-        return value in schema.get("enum", [schema.get("const")])
+    if "enum" in schema:
+        return value in schema["enum"]
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     if not any(
         isinstance(value, kinds[t]) and (t == "boolean" or not isinstance(value, bool))
@@ -5407,10 +5422,11 @@ def fits(value, schema):
     ):
         return False
     if isinstance(value, list):
-        return all(fits(item, schema["items"]) for item in value)
-    if isinstance(value, dict) and "properties" in schema:
-        return set(value) == set(schema["required"]) and all(
-            fits(value[n], s) for n, s in schema["properties"].items()
+        return all(fits(item, schema["items"], named) for item in value)
+    if isinstance(value, dict):
+        properties, more = schema.get("properties", {}), schema.get("additionalProperties", True)
+        return set(value) >= set(schema.get("required", [])) and all(
+            fits(value[name], properties.get(name, more), named) for name in value
         )
     return True
 
@@ -5435,7 +5451,7 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
     junk = {"Authorization": "Bearer junk"}
     for path, methods in http.get("/openapi.json").json["paths"].items():
         for method, operation in methods.items():
-            security = operation.get("security", [{}])
+            security = operation["security"] or [{}]
             for headers, is_allowed, answer in (
                 ({}, {} in security, NO_CREDENTIALS),
                 (junk, {"Bearer": []} not in security, not_for_any("Token is invalid")),
@@ -5445,6 +5461,63 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
                 assert (response.body != factoryapp.encode_json(answer)) == is_allowed, url
             required = [p["name"] for p in operation["parameters"] if p["required"]]
             assert required == re.findall(r"{(\w+)}", path)
+
+
+def test_openapi_offers_to_register_without_a_token_first(http):
+    # Postman takes the first.
+    paths = http.get("/openapi.json").json["paths"]
+    assert paths["/api/users/register/"]["post"]["security"] == [{}, {"Bearer": []}]
+    assert paths["/api/users/me/"]["get"]["security"] == [{"Bearer": []}]
+    assert paths["/health/"]["get"]["security"] == []
+
+
+def test_openapi_describes_bodies_as_json_alone_and_says_that_forms_work(http):
+    document = http.get("/openapi.json").json
+    bodies = [each[2].get("requestBody") for each in described_operations(document)]
+    assert {media_type for body in bodies if body for media_type in body["content"]} == {JSON}
+    assert "forms" in document["info"]["description"]
+
+
+def test_openapi_names_what_it_answers_and_refuses(http):
+    document = http.get("/openapi.json").json
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references == set(document["components"]["schemas"])
+    assert references >= {"User", "Message", "Detail", "FieldErrors"}
+    detail, errors = ({"$ref": f"#/components/schemas/{n}"} for n in ("Detail", "FieldErrors"))
+    for _, path, operation in described_operations(document):
+        for status, answer in operation["responses"].items():
+            if status >= "400":
+                schema = {"anyOf": [detail, errors]} if status == "400" else detail
+                assert answer["content"][JSON]["schema"] == schema, (path, status)
+        assert {"400", "500", "503"} <= set(operation["responses"])
+
+
+def test_openapi_says_of_everything_what_it_is(http):
+    document = http.get("/openapi.json").json
+    for _, path, operation in described_operations(document):
+        assert operation["tags"][0] in ("accounts", "tokens", "messages", "server"), path
+        assert len(operation["summary"]) <= 50 and operation["summary"][-1] != ".", path
+        assert operation["description"].endswith("."), path
+        assert all(answer["description"] for answer in operation["responses"].values())
+        for parameter in operation["parameters"]:
+            assert parameter["description"].endswith("."), (path, parameter)
+            assert fits(parameter["example"], parameter["schema"], {}), (path, parameter)
+    tags = {path: operation["tags"] for _, path, operation in described_operations(document)}
+    assert tags["/api/users/me/"] == ["accounts"] and tags["/auth/token/"] == ["tokens"]
+    assert tags["/api/messages/{message_id}/"] == ["messages"] and tags["/health/"] == ["server"]
+
+
+def test_openapi_names_the_headers_of_answers(http):
+    document = http.get("/openapi.json").json
+    headers = {
+        (operation["operationId"], status): list(answer["headers"])
+        for _, _, operation in described_operations(document)
+        for status, answer in operation["responses"].items()
+    }
+    assert headers["list_own_messages", "200"] == headers["list_all_users", "200"] == ["Link"]
+    assert headers["post_message", "201"] == ["Idempotency-Replayed"]
+    assert headers["log_in", "429"] == headers["show_page", "503"] == ["Retry-After"]
+    assert headers["show_page", "200"] == []
 
 
 def test_openapi_allows_no_more_than_a_field_takes(http):
@@ -5469,6 +5542,36 @@ def test_openapi_allows_names_that_are_not_ascii(http):
     # JSON schema reads \w as ASCII.
     names = [name for name in ("Иван_1", "𠀀", "a b", "a/b") if re.search(pattern, name, re.ASCII)]
     assert names == ["Иван_1", "𠀀"]
+
+
+def send_example(http, document, name, headers):
+    """Send the operation of this name with the examples of all that it takes; its answer."""
+    method, path, operation = next(
+        each for each in described_operations(document) if each[2]["operationId"] == name
+    )
+    given = {"path": {}, "query": {}, "header": {}}
+    for parameter in operation["parameters"]:
+        given[parameter["in"]][parameter["name"]] = str(parameter["example"])
+    body = b""
+    if "requestBody" in operation:
+        fields = operation["requestBody"]["content"][JSON]["schema"]["properties"]
+        body = json.dumps({field: fields[field]["example"] for field in fields}).encode()
+    url = f"{path.format(**given['path'])}?{urlencode(given['query'])}"
+    headers = {**headers, **given["header"]}
+    return http.request(url, method=method, body=body, content_type=JSON, headers=headers)
+
+
+def test_examples_of_the_openapi_document_are_a_journey(http):
+    document = http.get("/openapi.json").json
+    assert send_example(http, document, "register", {}).status_int == 201
+    access = send_example(http, document, "log_in", {}).json["access"]
+    headers = {"Authorization": f"Bearer {access}"}
+    assert send_example(http, document, "get_telegram_token", headers).json["telegram_token"]
+    message = send_example(http, document, "post_message", headers).json
+    assert send_example(http, document, "show_message", headers).json == message
+    for name in ("list_own_messages", "list_all_users", "show_account", "show_health"):
+        assert send_example(http, document, name, headers).status_int == 200
+    assert send_example(http, document, "change_password", headers).status_int == 204
 
 
 @pytest.mark.parametrize(
@@ -5550,11 +5653,9 @@ def test_every_answer_is_in_the_openapi_document(http):
                 assert declared, (method, path, body, response)
                 for media_type, content in declared.get("content", {}).items():
                     assert response.content_type == media_type
-                    assert media_type != JSON or fits(response.json, content["schema"]), (
-                        method,
-                        path,
-                        response,
-                    )
+                    assert media_type != JSON or fits(
+                        response.json, content["schema"], document["components"]["schemas"]
+                    ), (method, path, response)
     assert {200, 201, 204, 400, 401, 404, 415} <= seen
 
 
