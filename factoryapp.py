@@ -65,7 +65,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 try:
     import resource
@@ -108,7 +108,7 @@ except ModuleNotFoundError as error:
 # in its name.
 
 VERSION = "1.1.0"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
@@ -117,6 +117,8 @@ REFRESH_TOKEN_SECONDS = 24 * 3600
 LINK_TOKEN_SECONDS = 10 * 60
 SECRET_MIN_BYTES = 32  # RFC 7518, section 3.2
 TOKENS_REMEMBERED = 2000
+KEY_PREFIX = "fa_"
+KEYS = 50  # of one user
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's cheat sheet: 32 MiB, about 170 ms
 HASHES_AT_ONCE = 2
 LOGIN_WINDOW_SECONDS = 5 * 60
@@ -137,6 +139,10 @@ MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096
 MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
+MAX_RECIPIENTS = 20
+MAX_CHOICES = 8
+MAX_CHOICE = 64  # code points
+WAIT_SECONDS = 50  # nginx gives up at 60
 IDEMPOTENCY_SECONDS = 24 * 3600
 DELIVERIES = "queued", "sent", "failed", "unlinked", "cancelled"
 
@@ -184,6 +190,8 @@ REQUEST_CROWDED_SECONDS = 2  # to send a whole request, while all CONNECTIONS ar
 MAX_UNTAKEN_BYTES = 256 * 1024**2  # of an answer, before a lane's thread waits for its client
 BUFFER_BYTES = 8 * 1024**2  # of an answer, that one of waitress's buffers gets
 MAX_PIPELINED_BYTES = 64 * 1024  # of answers not taken, before a client's next request is served
+WAITING = 100  # requests that wait for news at once
+WAITING_OF_A_USER = 10
 STOP_SECONDS = 1  # what a clean stop grants to those at work
 
 DESCRIPTION = "An HTTP API whose messages a Telegram bot repeats in linked chats."
@@ -267,6 +275,9 @@ COMMANDS = {
     "stop": "отвязать чат",
     "help": "что я понимаю",
 }
+ANSWER_BY_NUMBER = "\nСтрока «#17 текст» отвечает на сообщение 17."
+NO_SUCH_NUMBER = "У вас нет сообщения с таким номером, поэтому я никому ничего не передаю."
+TOO_LATE = "Этот вопрос больше не ждёт ответа."
 HELP = f"""\
 Я понимаю:
 {"".join(f"/{name} — {COMMANDS[name]}{chr(10)}" for name in COMMANDS)}\
@@ -568,6 +579,13 @@ class Turns:
 turns = Turns()
 
 
+class news:
+    """The users of whom something was committed, for the one thread that takes them."""
+
+    user_ids = deque()
+    wake = staticmethod(lambda: None)  # wakes that thread, if it has to do with them
+
+
 # --- Store ----------------------------------------------------------------------------------------
 # One connection a thread. Functions take `db` first, so that the caller's `with transaction() as
 # db:` shows what is atomic.
@@ -585,6 +603,7 @@ class Connection(sqlite3.Connection):
     """A thread's connection, with what its transaction has to remember until the commit."""
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
+    changed_for: set  # ids of the users that see something new
 
     def run(self, sql, *values):
         return self.execute(sql, values)
@@ -675,7 +694,7 @@ def transaction():
         raise sqlite3.OperationalError("other threads write for too long")
     try:
         db.execute("BEGIN IMMEDIATE")
-        db.queued_for = set()
+        db.queued_for, db.changed_for = set(), set()
         yield db
         commit(db)
     finally:
@@ -684,6 +703,9 @@ def transaction():
         write_lock.release()
     for bot_id, chat_id in db.queued_for:
         turns.wake(bot_id, chat_id)
+    # First told, then woken: who begins to wait in between looks before it sleeps.
+    news.user_ids.extend(db.changed_for)
+    news.wake()
 
 
 @contextmanager
@@ -792,6 +814,12 @@ LADDER = {
         FROM messages ORDER BY id;
     DROP TABLE messages;
     ALTER TABLE new_messages RENAME TO messages
+    """,
+    3: """
+    ALTER TABLE messages ADD COLUMN reply_to INTEGER REFERENCES messages ON DELETE SET NULL;
+    ALTER TABLE messages ADD COLUMN choices TEXT;
+    ALTER TABLE messages ADD COLUMN was_chosen INTEGER NOT NULL DEFAULT 0
+        CHECK (was_chosen IN (0, 1))
     """,
 }
 
@@ -965,17 +993,76 @@ def find_user_by_name(db, username):
 
 
 def set_password(db, user_id, old_hash, new_hash):
-    """Change the password, and end every token issued until now.
+    """Change the password, and end every token and key issued until now.
 
     False when the old one is not the user's any more.
     """
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
+    db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
+    db.changed_for.add(user_id)
     return db.changes(
         "UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
         new_hash,
         int(now()) + 1,
         user_id,
         old_hash,
+    )
+
+
+def add_key(db, user_id, name, key, expires_at):
+    """Remember a key by its hash."""
+    db.run(
+        """
+        INSERT INTO api_keys (user_id, name, key_hash, created_at, expires_at)
+        VALUES (?, ?, ?, ?, ?)
+        """,
+        user_id,
+        name,
+        hash_token(key),
+        iso(now()),
+        expires_at and iso(expires_at),
+    )
+
+
+def list_keys(db, user_id):
+    """A user's keys, as they are answered."""
+    return db.run(
+        """
+        SELECT id, name, created_at, expires_at, last_used_on FROM api_keys
+        WHERE user_id = ? ORDER BY id
+        """,
+        user_id,
+    ).fetchall()
+
+
+def find_key_user(db, key):
+    """The user of a key that is alive, with key_id and last_used_on, or None."""
+    return db.one(
+        """
+        SELECT users.id, username, password, tokens_from, api_keys.id AS key_id, last_used_on
+        FROM api_keys JOIN users ON users.id = user_id
+        WHERE key_hash = ? AND coalesce(expires_at > ?, 1)
+        """,
+        hash_token(key),
+        iso(now()),
+    )
+
+
+def delete_key(db, user_id, key_id):
+    """False when the user has no such key."""
+    db.changed_for.add(user_id)
+    return db.changes("DELETE FROM api_keys WHERE id = ? AND user_id = ?", key_id, user_id)
+
+
+def set_keys_used(db, key_ids):
+    """Note that these were used today."""
+    db.run(
+        """
+        UPDATE api_keys SET last_used_on = ?1
+        WHERE id IN (SELECT value FROM json_each(?2)) AND last_used_on IS NOT ?1
+        """,
+        iso(now())[:10],
+        json.dumps(key_ids),
     )
 
 
@@ -1180,13 +1267,16 @@ def set_edited(db, bot_id, chat_id, message_id, text):
     )
 
 
-def add_message(db, sender_id, recipient_id, text, source, delivery, send_at):
+def add_message(
+    db, sender_id, recipient_id, text, source, delivery, send_at=0, reply_to=None, choices=None
+):
     """Store a message. Returns its id."""
+    db.changed_for |= {sender_id, recipient_id}
     return db.run(
         """
         INSERT INTO messages
-        (sender_id, recipient_id, text, created_at, source, delivery, send_at)
-        VALUES (?, ?, ?, ?, ?, ?, ?)
+        (sender_id, recipient_id, text, created_at, source, delivery, send_at, reply_to, choices)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         sender_id,
         recipient_id,
@@ -1195,6 +1285,8 @@ def add_message(db, sender_id, recipient_id, text, source, delivery, send_at):
         source,
         delivery,
         iso(send_at) if send_at else None,
+        reply_to,
+        choices and json.dumps(choices, ensure_ascii=False),
     ).lastrowid
 
 
@@ -1203,7 +1295,8 @@ SELECT_MESSAGE = """
     SELECT m.id AS id, CAST(json_object(
         'id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
         'created_at', m.created_at, 'source', m.source, 'delivery', m.delivery,
-        'failure', m.failure, 'send_at', m.send_at) AS BLOB)
+        'failure', m.failure, 'send_at', m.send_at, 'reply_to', m.reply_to,
+        'choices', json(m.choices)) AS BLOB)
     FROM messages AS m
     JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
     """
@@ -1214,6 +1307,37 @@ def find_message(db, message_id, user_id):
     own = "WHERE m.id = ? AND ? IN (m.sender_id, m.recipient_id)"
     row = db.one(f"{SELECT_MESSAGE} {own}", message_id, user_id)
     return row[1] if row else None
+
+
+def find_other_user(db, message_id, user_id):
+    """The other person of a message that the user sent or received, or None."""
+    return db.one(
+        """
+        SELECT users.id, username FROM messages
+        JOIN users ON users.id = CASE sender_id WHEN ?2 THEN recipient_id ELSE sender_id END
+        WHERE messages.id = ?1 AND ?2 IN (sender_id, recipient_id)
+        """,
+        message_id,
+        user_id,
+    )
+
+
+def find_choice(db, user_id, message_id, n):
+    """(the asker's id, username, the nth choice or None) of a question that waits for the user."""
+    return db.one(
+        """
+        SELECT users.id, username, json_extract(choices, '$[' || ? || ']') AS text
+        FROM messages JOIN users ON users.id = sender_id
+        WHERE messages.id = ? AND recipient_id = ? AND NOT was_chosen
+        """,
+        n,
+        message_id,
+        user_id,
+    )
+
+
+def set_chosen(db, message_id):
+    db.run("UPDATE messages SET was_chosen = 1 WHERE id = ?", message_id)
 
 
 class Listing(NamedTuple):
@@ -1232,29 +1356,30 @@ USERS = Listing(
 )
 
 
-def select_own(select, more):
-    """SQL for what :user sent or received.
+def own_messages(*wheres):
+    """The user's messages, of which each of these is true of some.
 
-    Each half comes in the order of its index, so that they are merged and never sorted.
+    Each part comes in the order of its index, so that they are merged and never sorted.
     """
-    return f"""
-        {select} WHERE m.sender_id = :user AND m.id > :after AND m.id < :before {more}
-        UNION ALL
-        {select} WHERE m.recipient_id = :user AND m.recipient_id <> m.sender_id
-        AND m.id > :after AND m.id < :before {more}
-        """
-
-
-def own_messages(more=""):
-    """The user's messages, where more SQL says so."""
-    return Listing(
-        select_own("SELECT m.id AS id FROM messages AS m", more),
-        f"{select_own(SELECT_MESSAGE, more)} ORDER BY id",
+    ids, rows = (
+        " UNION ALL ".join(
+            f"{select} WHERE {where} AND m.id > :after AND m.id < :before" for where in wheres
+        )
+        for select in ("SELECT m.id AS id FROM messages AS m", SELECT_MESSAGE)
     )
+    return Listing(ids, f"{rows} ORDER BY id")
 
 
-OWN_MESSAGES = own_messages()
-OWN_MESSAGES_BY_DELIVERY = own_messages("AND m.delivery = :delivery")
+SENT = "m.sender_id = :user"
+RECEIVED = "m.recipient_id = :user AND m.recipient_id <> m.sender_id"
+OWN_MESSAGES = own_messages(SENT, RECEIVED)
+OWN_MESSAGES_BY_DELIVERY = own_messages(
+    f"{SENT} AND m.delivery = :delivery", f"{RECEIVED} AND m.delivery = :delivery"
+)
+OWN_ANSWERS = own_messages("""
+    m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
+    AND m.delivery = coalesce(:delivery, m.delivery)
+    """)
 
 
 def find_page_end(db, listing, page, order):
@@ -1276,15 +1401,16 @@ def list_rows(db, listing, page):
 
 def cancel_message(db, message_id):
     """Nothing more of it is sent. False when that is too late for the recipient's copy."""
-    is_cancelled = db.changes(
+    users = db.run(
         """
         UPDATE messages SET delivery = 'cancelled'
         WHERE id = ?1 AND delivery = 'queued' AND NOT EXISTS (
             SELECT 1 FROM outbox WHERE message_id = ?1 AND NOT is_own_copy AND send_at < 0)
+        RETURNING sender_id, recipient_id
         """,
         message_id,
-    )
-    if is_cancelled:
+    ).fetchall()
+    if users:
         # Not deleted: while an own copy is in flight, nothing else may get its id.
         db.run(
             """
@@ -1294,7 +1420,8 @@ def cancel_message(db, message_id):
             iso(now()),
             message_id,
         )
-    return is_cancelled
+    db.changed_for.update(*users)
+    return users != []
 
 
 def list_old_messages(db, after):
@@ -1433,7 +1560,13 @@ def find_head(db, bot_id, chat_id):
     return db.one(
         """
         SELECT id, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at,
-            thread_id, attempts, due_at, pause, failing_since, missing_since
+            thread_id, attempts, due_at, pause, failing_since, missing_since,
+            (SELECT choices FROM messages
+                WHERE id = message_id AND is_last AND NOT is_own_copy) AS choices,
+            (SELECT min(telegram_message_id) FROM relayed JOIN messages AS m
+                ON relayed.message_id = m.reply_to
+                WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
+                AND relayed.chat_id = outbox.chat_id AND send_at >= 0) AS replied_id
         FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         ORDER BY send_at, id LIMIT 1
         """,
@@ -1468,20 +1601,21 @@ SETTLE_SENT = (
     """
     UPDATE messages SET delivery = 'sent'
     WHERE id = :message_id AND delivery = 'queued' AND :is_last AND NOT :is_own_copy
+    RETURNING sender_id, recipient_id
     """,
     """
     INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
-    SELECT :bot_id, :chat_id, :telegram_message_id, id FROM messages
-    WHERE id = :message_id AND sender_id <> recipient_id AND NOT :is_own_copy
-    AND :telegram_message_id IS NOT NULL
+    SELECT :bot_id, :chat_id, :telegram_message_id, :message_id
+    WHERE :message_id IS NOT NULL AND :telegram_message_id IS NOT NULL
     """,
 )
 
 
 def settle_sent(db, delivery, telegram_message_id):
     """The delivery is done: forget it, but remember what a reply to it would answer."""
+    values = {**delivery, "telegram_message_id": telegram_message_id}
     for statement in SETTLE_SENT:
-        db.execute(statement, {**delivery, "telegram_message_id": telegram_message_id})
+        db.changed_for.update(*db.execute(statement, values))
 
 
 def settle_later(db, delivery, pause, error, is_missing):
@@ -1527,7 +1661,7 @@ def fail_messages(db, message_ids, reason):
 
     (sender id, recipient id) of each of which that was not known.
     """
-    return db.run(
+    failed = db.run(
         """
         UPDATE messages SET delivery = 'failed', failure = ?
         WHERE id IN (SELECT value FROM json_each(?)) AND delivery <> 'failed'
@@ -1536,14 +1670,15 @@ def fail_messages(db, message_ids, reason):
         reason,
         json.dumps(message_ids),
     ).fetchall()
+    db.changed_for.update(*(row[:2] for row in failed))
+    return failed
 
 
-def find_relayed_author(db, bot_id, chat_id, telegram_message_id):
-    """Who wrote the message that the bot relayed as this Telegram message, or None."""
+def find_relayed(db, bot_id, chat_id, telegram_message_id):
+    """(id, sender_id) of the message that this Telegram message repeats, or None."""
     return db.one(
         """
-        SELECT users.id, username FROM relayed
-        JOIN messages ON messages.id = message_id JOIN users ON users.id = sender_id
+        SELECT id, sender_id FROM relayed JOIN messages ON messages.id = message_id
         WHERE bot_id = ? AND chat_id = ? AND telegram_message_id = ?
         """,
         bot_id,
@@ -1597,6 +1732,10 @@ def password_matches(password, password_hash):
         secrets.compare_digest(hash_with(salt, spelling, int(n), int(r), int(p)), password_hash)
         for spelling in dict.fromkeys((compose(password), password))
     )
+
+
+# Ids of the API keys that were used for the first time today, until run_upkeep() writes them down.
+used_keys = set()
 
 
 class TokenError(Exception):
@@ -1760,7 +1899,9 @@ def queue_text(
         )
 
 
-def relay(db, sender, recipient, text, source, silent=False, send_at=0):
+def relay(
+    db, sender, recipient, text, source, silent=False, send_at=0, reply_to=None, choices=None
+):
     """Store a message and queue its copies, for the recipient's chat and for the sender's own.
 
     Returns its (id, delivery).
@@ -1770,7 +1911,7 @@ def relay(db, sender, recipient, text, source, silent=False, send_at=0):
     chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
     users = sender["id"], recipient["id"]
-    message_id = add_message(db, *users, text, source, delivery, send_at)
+    message_id = add_message(db, *users, text, source, delivery, send_at, reply_to, choices)
     is_to_another = sender["id"] != recipient["id"]
     if is_to_another:
         its_copy = FROM_ANOTHER.format(username=username, text=text)
@@ -1829,25 +1970,28 @@ class ChatGone(GiveUp):
     """Nothing can be sent to this chat any more."""
 
 
-class Home(Protocol):
-    """Where the bot speaks."""
+class Home:
+    """Where the bot speaks, and what is known of it."""
 
     id: int
-    name: str | None  # what people call it, None before that is known
-    error: str | None  # what is wrong with it, for the operator, without secrets
-    answered: float | None  # when it last answered, in ticks
+    name = None  # what people call it
+    error = None  # what is wrong with it, for the operator, without secrets
+    answered = None  # when it last answered, in ticks
 
-    def is_well(self) -> bool:
+    def is_well(self):
         """Whether it can be spoken to, as far as is known."""
+        return True
 
-    def send(self, delivery: sqlite3.Row) -> int | None:
+    def send(self, delivery):
         """The home's id of the sent message, if it has one.
 
         Raises TryLater, ChatMissing, GiveUp, ChatGone.
         """
+        raise NotImplementedError
 
-    def run(self, stop: threading.Event):
+    def run(self, stop):
         """Listen until told to stop."""
+        raise NotImplementedError
 
 
 def backoff(attempts, longest):
@@ -1966,12 +2110,21 @@ def notice_writes(home):
         local.version = version
 
 
+def note_used_keys():
+    """Write down which API keys were used today."""
+    if key_ids := list(used_keys):
+        with transaction() as db:
+            set_keys_used(db, key_ids)
+        used_keys.difference_update(key_ids)
+
+
 def run_upkeep(home, stop):
     """Do what nobody waits for, until told to stop."""
     while not stop.is_set():
         started_at = ticks()
         try:
             notice_writes(home)
+            note_used_keys()
         except sqlite3.Error:
             log.exception("upkeep failed; trying again")
         # A twentieth of the time at most.
@@ -2049,7 +2202,8 @@ def converse(db, chat, text, message):
     """What the bot answers to a text from a private chat, once it has taken effect.
 
     None: nothing but the relayed copy. `message` is what Telegram sent with the text: what was
-    forwarded is a quotation, never a command or a token.
+    forwarded is a quotation, never a command or a token. From the terminal it is the number of the
+    message that the text answers, if it answers one.
     """
     user = find_chat_user(db, *chat)
     name, argument = parse_command(text)
@@ -2059,7 +2213,7 @@ def converse(db, chat, text, message):
     if LINK_TOKEN.fullmatch(token) and (answer := use_token(db, chat, user, token)):
         return answer
     if name == "help":
-        return HELP
+        return HELP + (ANSWER_BY_NUMBER if chat[0] == Terminal.id else "")
     if name == "start" and not argument:
         return LINKED_TO.format(**user) if user else GREETING
     if not user:
@@ -2095,10 +2249,14 @@ def note(db, chat, user, text, message):
         return TOO_LONG
     if not text.strip():
         return None
-    recipient = find_addressee(db, chat, user, pick(message, "reply_to_message", dict))
+    if isinstance(message, int):
+        recipient, reply_to = find_other_user(db, message, user["id"]), message
+    else:
+        replied = pick(message, "reply_to_message", dict)
+        recipient, reply_to = find_addressee(db, chat, user, replied)
     if not recipient:
-        return UNKNOWN_REPLY
-    _, delivery = relay(db, user, recipient, text, "telegram")
+        return NO_SUCH_NUMBER if isinstance(message, int) else UNKNOWN_REPLY
+    _, delivery = relay(db, user, recipient, text, "telegram", reply_to=reply_to)
     if delivery == "unlinked":
         return NO_CHAT.format(**recipient)
     return None
@@ -2126,14 +2284,34 @@ def show_links(text, entities):
 
 
 def find_addressee(db, chat, user, replied):
-    """Whom a text is for that replies to this message, if to any; None when nobody knows."""
-    if author := find_relayed_author(db, *chat, pick(replied, "message_id", int)):
-        return author
+    """(Whom a text is for that replies to this Telegram message, which message it answers).
+
+    (None, None) when nobody knows.
+    """
+    if message := find_relayed(db, *chat, pick(replied, "message_id", int)):
+        if other := find_other_user(db, message["id"], user["id"]):
+            return other, message["id"]
+        # The chat was another account's before.
+        return find_user(db, message["sender_id"]), None
     if pick(pick(replied, "from", dict), "id", int) != chat[0]:
-        return user
+        return user, None
     # The bot wrote it, but does not remember: a send whose answer was lost.
     header = HEADER.match(pick(replied, "text", str) or "")
-    return header and find_user_by_name(db, header[header.lastindex])
+    return header and find_user_by_name(db, header[header.lastindex]), None
+
+
+def press(db, bot_id, query):
+    """Make a pressed button its user's answer, once. What to tell who pressed, None: nothing."""
+    chat_id = pick(pick(pick(query, "message", dict), "chat", dict), "id", int)
+    user = find_chat_user(db, bot_id, chat_id)
+    numbers = re.fullmatch("([0-9]{1,18}):([0-9])", pick(query, "data", str) or "")
+    choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
+    if not choice or not choice["text"]:
+        return TOO_LATE
+    message_id = int(numbers[1])
+    set_chosen(db, message_id)
+    relay(db, user, choice, choice["text"], "telegram", reply_to=message_id)
+    return None
 
 
 def hear(db, chat, text, message):
@@ -2145,10 +2323,12 @@ def hear(db, chat, text, message):
 def receive(bot_id, update):
     """Everything one raw update does, and the offset behind it, in one transaction.
 
-    It counts once, whatever happens.
+    It counts once, whatever happens. What to tell who pressed a button, or None.
     """
     with transaction() as db:
         set_offset(db, bot_id, update["update_id"] + 1)
+        if query := pick(update, "callback_query", dict):
+            return press(db, bot_id, query)
         for kind in Telegram.allowed_updates:
             message = pick(update, kind, dict)
             where = pick(message, "chat", dict)
@@ -2163,6 +2343,7 @@ def receive(bot_id, update):
                 db, *chat, pick(message, "message_id", int), pick(message, "text", str)
             ):
                 queue_text(db, chat, EDITED)
+    return None
 
 
 def hear_once(db, chat, message, update_id):
@@ -2207,12 +2388,12 @@ def overhear(db, chat, chat_type, kind, message):
 def receive_or_skip(bot_id, update):
     """Receive an update; one that fails time and again is skipped.
 
-    Unless it is the database that fails: then the error is raised.
+    Unless it is the database that fails: then the error is raised. What to tell who pressed a
+    button, or None.
     """
     for attempt in range(1, UPDATE_TRIES + 1):
         try:
-            receive(bot_id, update)
-            return
+            return receive(bot_id, update)
         except Exception as error:
             if is_outage(error):
                 raise
@@ -2226,6 +2407,7 @@ def receive_or_skip(bot_id, update):
         log.error(f"update {update_id} is skipped")
         with transaction() as db:
             set_offset(db, bot_id, update_id + 1)
+    return None
 
 
 class TelegramError(Exception):
@@ -2289,23 +2471,25 @@ def name_failure(error):
     return f"{reason}{kind}{WHAT_MENDS.get(kind, '')}"
 
 
-class Telegram:
+class Telegram(Home):
     """The bot's home where people meet it: long polling in, sendMessage out.
 
     One a process, as telebot's settings are.
     """
 
     greeting = "bot: on Telegram, not reached yet"
-    allowed_updates = ["message", "edited_message", "channel_post", "edited_channel_post"]
+    allowed_updates = (
+        "message edited_message channel_post edited_channel_post callback_query".split()
+    )
 
     def __init__(self, token, api_url):
         bot_id, _, self.secret = token.partition(":")
         self.id, self.token = int(bot_id), token
-        self.name = self.error = self.answered = None
         self.is_refused, self.started = False, ticks()
         self.failures = 0  # calls of run() that failed in a row
         apihelper.API_URL = api_url.rstrip("/") + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
+        apihelper.READ_TIMEOUT = SEND_TIMEOUT_SECONDS
 
     def is_well(self):
         """Whether Telegram has answered lately, and takes the token."""
@@ -2361,6 +2545,16 @@ class Telegram:
 
         Raises TryLater, ChatMissing, GiveUp, ChatGone.
         """
+        reply = keyboard = None
+        if delivery["replied_id"]:
+            reply = telebot.types.ReplyParameters(
+                delivery["replied_id"], allow_sending_without_reply=True
+            )
+        if delivery["choices"]:
+            choices = enumerate(json.loads(delivery["choices"]))
+            data = f"{delivery['message_id']}:"
+            buttons = [[{"text": text, "callback_data": data + str(n)}] for n, text in choices]
+            keyboard = json.dumps({"inline_keyboard": buttons})
         try:
             sent = apihelper.send_message(
                 self.token,
@@ -2370,6 +2564,8 @@ class Telegram:
                 disable_notification=bool(delivery["silent"]),
                 message_thread_id=delivery["thread_id"],
                 link_preview_options=telebot.types.LinkPreviewOptions(is_disabled=True),
+                reply_parameters=reply,
+                reply_markup=keyboard,
             )
         except TelegramError as error:
             if error.code == 403:
@@ -2417,9 +2613,25 @@ class Telegram:
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
-            receive_or_skip(self.id, update)
+            said = receive_or_skip(self.id, update)
+            if query := pick(update, "callback_query", dict):
+                self.answer_press(query, said)
         is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
+
+    def answer_press(self, query, said):
+        """Tell who pressed a button that it was noticed; the buttons go, unless it was too late."""
+        message = pick(query, "message", dict)
+        chat_id = pick(pick(message, "chat", dict), "id", int)
+        calls = [(apihelper.answer_callback_query, pick(query, "id", str), said)]
+        if said is None:
+            message_id = pick(message, "message_id", int)
+            calls.append((apihelper.edit_message_reply_markup, chat_id, message_id))
+        for call, *arguments in calls:
+            try:
+                call(self.token, *arguments)
+            except TelegramError as error:
+                log.info(f"a pressed button was not answered: {error}")
 
     def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
@@ -2466,27 +2678,29 @@ class Telegram:
             stop.wait(min(pause, threading.TIMEOUT_MAX))
 
 
-class Terminal:
+class Terminal(Home):
     """The bot's home on a bare machine.
 
     Lines typed are what a Telegram user would write, and what the bot says is printed.
     """
 
     id, name = 0, "terminal"
-    error = answered = None
     greeting = (
         "bot: this terminal; type what you would write to it in Telegram, /start to begin with"
     )
-
-    def is_well(self):
-        return True
 
     def send(self, delivery):
         """Print a text, without control characters, which could play tricks on the terminal.
 
         Raises TryLater.
         """
-        visible = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", delivery["text"])
+        text = delivery["text"]
+        if delivery["message_id"]:
+            # Which `#17 ` at the start of a line answers.
+            text = f"#{delivery['message_id']}\n{text}"
+        for choice in json.loads(delivery["choices"] or "[]"):
+            text += f"\n[{choice}]"
+        visible = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
         try:
             print(f"{visible}\n", flush=True)
         except OSError as error:
@@ -2515,10 +2729,12 @@ class Terminal:
 
     def hear(self, text, stop):
         """Take in one typed line, however long the database may be away."""
+        numbered = re.fullmatch("#([0-9]{1,18}) (.*)", text)
+        message = int(numbered[1]) if numbered else {}
         while text.strip() and not stop.is_set():
             try:
                 with transaction() as db:
-                    hear(db, (self.id, 0), clean(text), {})
+                    hear(db, (self.id, 0), clean(numbered[2] if numbered else text), message)
                 return
             except sqlite3.Error:
                 log.exception("a typed line could not be stored; trying again")
@@ -2960,10 +3176,11 @@ class Declared(NamedTuple):
     """What a route's decorators say of it: obeyed by serve_declared(), described by OpenAPI."""
 
     lane: str = None  # where it is served, None: in a round
-    sign_in: object = lambda: None  # require_user or may_register
+    sign_in: object = lambda: None  # require_user, require_login or may_register
     query: dict = {}  # name: field
     body: dict = {}  # name: field
     max_body_bytes: int = MAX_BODY_BYTES
+    plain: str = None  # the field that a text/plain is, with the others in the query string
     headers: dict = {}  # name: JSON schema
     status: int = 200  # when all went well
     schema: dict = None  # JSON schema of that answer, None: it has no body
@@ -2996,14 +3213,21 @@ def asks(**fields):
     return declare(query=fields)
 
 
-def takes(max_body_bytes=MAX_BODY_BYTES, **fields):
+def takes(max_body_bytes=MAX_BODY_BYTES, plain=None, **fields):
     """The route gets these fields of the body."""
-    return declare(413, 415, max_body_bytes=max_body_bytes, body=fields)
+    return declare(413, 415, max_body_bytes=max_body_bytes, plain=plain, body=fields)
 
 
 def answers(status, schema, *refusals):
     """The route answers so when all goes well, and may refuse with these statuses."""
     return declare(*refusals, status=status, schema=schema)
+
+
+class Parked(BaseException):
+    """The request (user id, until when, in ticks) waits, to be served again from its beginning.
+
+    When something of the user's was committed, or its time is over. No error, as Elsewhere.
+    """
 
 
 class Elsewhere(BaseException):
@@ -3039,8 +3263,8 @@ def serve_declared(route):
             if said.query:
                 values |= read_fields(said.query, request.query)
             if said.body:
-                values |= read_fields(said.body, read_body(said.max_body_bytes))
-            body = route(user, **values) if said.sign_in is require_user else route(**values)
+                values |= read_fields(said.body, read_body(said))
+            body = route(user, **values) if said.sign_in in SIGNED_IN else route(**values)
         except HTTPResponse:
             raise
         except Exception as error:
@@ -3050,7 +3274,7 @@ def serve_declared(route):
             log.exception(f"{request.method} {request.path!r} failed")
             raise HTTPError(500) from None
         response.status = said.status
-        return encode_json(body) if isinstance(body, dict) else body
+        return encode_json(body) if isinstance(body, dict | list) else body
 
     return serve
 
@@ -3155,6 +3379,8 @@ def sign_in():
         return None
     if len(rest) != 1:
         raise HTTPError(401, NOT_TWO_VALUES)
+    if rest[0].startswith(KEY_PREFIX):
+        return sign_in_by_key(rest[0])
     try:
         claims = read_access_token(rest[0])
     except TokenError as error:
@@ -3170,11 +3396,30 @@ def sign_in():
     return user
 
 
+def sign_in_by_key(key):
+    """The user of an API key. Raises HTTPError 401."""
+    user = find_key_user(connection(), key)
+    if user is None:
+        raise HTTPError(401, refuse_access_token(TokenError("Token is invalid")))
+    if user["last_used_on"] != iso(now())[:10]:
+        used_keys.add(user["key_id"])
+    request.environ["factoryapp.user_id"] = user["id"]
+    return user
+
+
 def require_user():
     """The signed-in user. Raises HTTPError 401 when there is none."""
     user = sign_in()
     if user is None:
         raise HTTPError(401, NO_CREDENTIALS)
+    return user
+
+
+def require_login():
+    """The signed-in user. Raises HTTPError 401, and 403 for an API key."""
+    user = require_user()
+    if "key_id" in user.keys():
+        raise refusal(403, "An API key cannot do this: log in.")
     return user
 
 
@@ -3187,6 +3432,9 @@ def may_register():
 
 # The route gets the signed-in user first.
 signed_in = declare(401, sign_in=require_user)
+SIGNED_IN = require_user, require_login
+# With a password, not by a key.
+logged_in = declare(401, 403, sign_in=require_login)
 # Anybody may call the route while it is open, but not with a wrong token.
 open_to_anybody = declare(401, 403, sign_in=may_register)
 
@@ -3284,15 +3532,19 @@ class Flag:
         return word in self.yes
 
 
+@dataclass
 class Moment:
-    """A time in ISO 8601, up to 30 days ahead; one that has passed means at once.
+    """A time in ISO 8601 from so many seconds ahead to so many. Read as seconds since 1970."""
 
-    Read as seconds since 1970.
-    """
-
+    least: float = -math.inf
+    most: float = math.inf
+    example: str = "2026-01-01T09:00:00Z"
     required = False
-    schema = {"type": "string", "format": "date-time", "example": "2026-01-01T09:00:00Z"}
     pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
+
+    @property
+    def schema(self):
+        return {"type": "string", "format": "date-time", "example": self.example}
 
     def read(self, value):
         try:
@@ -3301,19 +3553,24 @@ class Moment:
             # In a form, "+" arrives as a blank.
             zone = moment[2].upper().replace(" ", "+")
             seconds = datetime.fromisoformat(moment[1] + zone).timestamp()
+            if seconds > now():
+                # Raises where the year is none in UTC.
+                iso(seconds)
         except (TypeError, ValueError, OverflowError):
             raise Refused(
                 "Datetime has wrong format. Use this format instead: "
                 "YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."
             ) from None
-        if seconds > now() + SEND_AHEAD_SECONDS:
-            raise Refused(f"Ensure this is at most {SEND_AHEAD_SECONDS // 86_400} days ahead.")
+        if seconds < now() + self.least:
+            raise Refused("This time has passed.")
+        if seconds > now() + self.most:
+            raise Refused(f"Ensure this is at most {self.most // 86_400} days ahead.")
         return seconds
 
 
 @dataclass
 class Number:
-    """An integer of a query string; its attributes are named as JSON schema names them."""
+    """An integer, of a query string too; its attributes are named as JSON schema names them."""
 
     minimum: int
     maximum: int
@@ -3326,13 +3583,41 @@ class Number:
         return {"type": "integer", **vars(self)}
 
     def read(self, value):
-        if not re.fullmatch("-?[0-9]{1,20}", value):
+        if not re.fullmatch("-?[0-9]{1,20}", str(value)):
             raise Refused("A valid integer is required.")
         if int(value) < self.minimum:
             raise Refused(f"Ensure this value is greater than or equal to {self.minimum}.")
         if int(value) > self.maximum:
             raise Refused(f"Ensure this value is less than or equal to {self.maximum}.")
         return int(value)
+
+
+@dataclass
+class Several:
+    """A list of different texts. Where one alone will do, what stands twice counts once."""
+
+    item: Text
+    least: int
+    most: int
+    required = False
+
+    @property
+    def schema(self):
+        schema = {"type": "array", "items": self.item.schema, "maxItems": self.most}
+        if self.least == 1:
+            return {"oneOf": [self.item.schema, schema | {"minItems": 1}]}
+        return schema | {"minItems": self.least, "uniqueItems": True}
+
+    def read(self, value):
+        if not isinstance(value, list):
+            if self.least == 1:
+                return self.item.read(value)
+            raise Refused("Expected a list of items.")
+        texts = list(dict.fromkeys(map(self.item.read, value)))
+        is_repeated = self.least > 1 and len(texts) < len(value)
+        if is_repeated or not self.least <= len(texts) <= self.most:
+            raise Refused(f"Give {self.least} to {self.most} different items.")
+        return texts
 
 
 def tidy_username(name):
@@ -3394,24 +3679,24 @@ def read_charset():
     return "utf-8" if name == "idna" else name
 
 
-def read_body(max_bytes):
-    """The fields of the request's body, JSON or a form. Raises HTTPError 400, 413, 415."""
+def read_body(said):
+    """The fields of the request's body, JSON or a form, as the route declared them.
+
+    Raises HTTPError 400, 413, 415.
+    """
     encoding = request.environ.get("HTTP_CONTENT_ENCODING", "").strip()
     if encoding.lower() not in ("", "identity"):
         detail = f'Unsupported content encoding "{encoding}" in request: send the body as it is.'
         raise refusal(415, detail)
-    if request.content_length > max_bytes:
-        raise refusal(413, f"The request is too large: {max_bytes} bytes are the most.")
+    if request.content_length > said.max_body_bytes:
+        raise refusal(413, f"The request is too large: {said.max_body_bytes} bytes are the most.")
     if request.content_length <= 0:
         return {}
     kind = media_type()
     if kind == "application/json":
         return read_json(request.body.read())
     try:
-        if kind == "application/x-www-form-urlencoded":
-            return read_form(request.body.read())
-        if kind == MULTIPART:
-            return Form(request.POST)
+        fields = read_form(said, kind)
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
     except (MultipartError, LookupError, ValueError) as error:
@@ -3420,22 +3705,38 @@ def read_body(max_bytes):
         log.info(f"form refused: {error}")
         detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
         raise refusal(400, f"Form parse error - {detail}") from None
+    if fields is not None:
+        return fields
     raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
 
 
-def read_form(body):
-    """The fields of a form, or of the JSON object that curl's -d calls a form."""
-    if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        return read_json(body)
+def read_form(said, kind):
+    """The fields of a form, or of the JSON object that curl's -d calls a form.
+
+    None for another kind of body. Raises ValueError, LookupError, MultipartError.
+    """
+    if kind == MULTIPART:
+        return Form(request.POST)
     charset = read_charset()
-    pairs = urllib.parse.parse_qsl(
-        body.decode(charset),
+    if kind == "application/x-www-form-urlencoded":
+        body = request.body.read()
+        if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            return read_json(body)
+        return Form(parse_form(body.decode(charset), charset))
+    if kind == "text/plain" and said.plain:
+        text = request.body.read().decode(charset).removesuffix("\n").removesuffix("\r")
+        return Form([*parse_form(request.query_string), (said.plain, text)])
+    return None
+
+
+def parse_form(text, charset="utf-8"):
+    return urllib.parse.parse_qsl(
+        text,
         keep_blank_values=True,
         encoding=charset,
         errors="strict",
         max_num_fields=MAX_FORM_FIELDS,
     )
-    return Form(pairs)
 
 
 def read_json(body):
@@ -3481,7 +3782,7 @@ PAGING = {
 def answer_list(listing, user, **given):
     """A JSON array of a listing's rows, or of a page of them."""
     given = {name: value for name, value in given.items() if value is not None}
-    page = {"user": user["id"], "after": 0, "before": MAX_ID, **given}
+    page = {"user": user["id"], "after": 0, "before": MAX_ID, "delivery": None, **given}
     if "limit" in given:
         end_page(listing, page, given)
     _, is_whole, piece = read_piece(listing, page)
@@ -3489,6 +3790,26 @@ def answer_list(listing, user, **given):
         return b"[%s]" % piece
     leave_round("patient")
     return stream_rows(listing, page)
+
+
+def answer_news(user, wait, body, is_nothing):
+    """The answer with its ETag, 304 where the client has it. It may wait for something new.
+
+    RFC 9110, section 13.1.2. Raises HTTPResponse, Parked.
+    """
+    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    known = request.environ.get("HTTP_IF_NONE_MATCH")
+    is_known = known is not None and (etag in known or known.strip() == "*")
+    if wait and (is_nothing if known is None else is_known):
+        until = request.environ["factoryapp.waits_until"]
+        if until is None:
+            until = ticks() + wait
+        if ticks() < until:
+            raise Parked(user["id"], until)
+    if is_known:
+        raise HTTPResponse(status=304, ETag=etag)
+    response.set_header("ETag", etag)
+    return body
 
 
 def end_page(listing, page, given):
@@ -3577,8 +3898,21 @@ A_MESSAGE = component(
         delivery={"enum": DELIVERIES, "description": "of the recipient's copy"},
         failure=OR_NULL | {"example": "403 Forbidden: bot was blocked by the user"},
         send_at=A_TIME | OR_NULL,
+        reply_to=AN_ID | {"type": ["integer", "null"]},
+        choices={"type": ["array", "null"], "items": A_TEXT, "example": ["Да", "Нет"]},
     ),
 )
+A_KEY = component(
+    "Key",
+    an_object(
+        id=AN_ID,
+        name=A_TEXT | {"example": "night report"},
+        created_at=A_TIME,
+        expires_at=A_TIME | OR_NULL,
+        last_used_on=OR_NULL | {"format": "date", "example": "2026-11-23"},
+    ),
+)
+A_NEW_KEY = an_object(**COMPONENTS["Key"]["properties"], key=A_TEXT)
 A_DETAIL = component(
     "Detail",
     {
@@ -3608,6 +3942,8 @@ USERNAME_FIELD = Text(
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
+REPLY_TO = Number(1, MAX_ID, 17, "The id of a message that you sent or received.")
+WAIT = Number(0, WAIT_SECONDS, 0, "Seconds to wait for something new, where there is none.")
 TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 
 
@@ -3779,7 +4115,7 @@ def blacklist_token(refresh):
 # Patient: a GET that writes.
 @app.get("/api/users/get-telegram-token/")
 @waits("patient")
-@signed_in
+@logged_in
 @answers(
     200,
     an_object(
@@ -3805,7 +4141,7 @@ def get_telegram_token(user):
 # Patient: what is given up may be much.
 @app.post("/api/users/unlink-telegram/")
 @waits("patient")
-@signed_in
+@logged_in
 @answers(204, None)
 def unlink_telegram(user):
     """Unlink the account's chat.
@@ -3819,7 +4155,7 @@ def unlink_telegram(user):
 
 @app.post("/api/users/set-password/")
 @waits("hashing")
-@signed_in
+@logged_in
 @takes(current_password=PASSWORD_FIELD, new_password=NEW_PASSWORD_FIELD)
 @answers(204, None, 429)
 def change_password(user, current_password, new_password):
@@ -3835,6 +4171,50 @@ def change_password(user, current_password, new_password):
     with transaction() as db:
         if not set_password(db, user["id"], old_hash, new_hash):
             raise HTTPError(401, PASSWORD_CHANGED)
+
+
+@app.post("/api/users/keys/")
+@logged_in
+@takes(
+    name=Text(100, example="night report"),
+    expires_at=Moment(least=0, example="2099-01-01T00:00:00Z"),
+)
+@answers(201, A_NEW_KEY)
+def make_key(user, name, expires_at):
+    """Make an API key.
+
+    For a program, which sends it in the place of an access token. It is shown this once.
+    """
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    with transaction() as db:
+        if len(list_keys(db, user["id"])) >= KEYS:
+            raise refusal(400, f"There are {KEYS} keys already: delete one first.")
+        add_key(db, user["id"], name, key, expires_at)
+        return {**list_keys(db, user["id"])[-1], "key": key}
+
+
+@app.get("/api/users/keys/")
+@signed_in
+@answers(200, {"type": "array", "items": A_KEY})
+def list_own_keys(user):
+    """List your API keys.
+
+    All but the keys themselves.
+    """
+    return [dict(row) for row in list_keys(connection(), user["id"])]
+
+
+@app.delete("/api/users/keys/<key_id:re:[0-9]{1,18}>/")
+@logged_in
+@answers(204, None, 404)
+def end_key(user, key_id):
+    """Delete an API key.
+
+    It is dead from now on.
+    """
+    with transaction() as db:
+        if not delete_key(db, user["id"], int(key_id)):
+            raise HTTPError(404)
 
 
 @app.get("/api/users/me/")
@@ -3881,10 +4261,13 @@ def list_all_users(user, **page):
 @signed_in
 @takes(
     MAX_MESSAGE_BODY_BYTES,
+    plain="text",
     text=Text(MAX_TEXT, example="Линия 4 остановлена"),
-    recipient=Text(tidy=tidy_username, example="alice", required=False),
+    recipient=Several(NAME_FIELD, 1, MAX_RECIPIENTS),
     silent=Flag(),
-    send_at=Moment(),
+    send_at=Moment(most=SEND_AHEAD_SECONDS),
+    reply_to=REPLY_TO,
+    choices=Several(Text(MAX_CHOICE, tidy=str.strip, example="Да"), 2, MAX_CHOICES),
 )
 @declare(
     headers={
@@ -3897,26 +4280,48 @@ def list_all_users(user, **page):
     },
     answer_headers=["Idempotency-Replayed"],
 )
-@answers(201, A_MESSAGE, 422)
-def post_message(user, text, recipient, silent, send_at):
+@answers(201, {"oneOf": [A_MESSAGE, {"type": "array", "items": A_MESSAGE}]}, 422)
+def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
     It is stored and its copies are queued, together or not at all. Without a recipient it is to
     yourself. With an Idempotency-Key, a retry stores nothing more.
     """
     key = read_idempotency_key()
-    request_hash = hashlib.sha256(repr((text, recipient, silent, send_at)).encode()).digest()
+    fields = text, recipient, silent, send_at, *filter(None, (reply_to, choices))
+    request_hash = hashlib.sha256(repr(fields).encode()).digest()
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
-            return replay(db, user, request_hash, earlier)
-        to = find_user_by_name(db, recipient) if recipient else user
-        if to is None:
-            raise HTTPError(400, {"recipient": ["No such user."]})
-        message_id, delivery = relay(db, user, to, text, "api", bool(silent), send_at or 0)
+            answered = replay(db, user, request_hash, earlier)
+            return answered if isinstance(recipient, list) else answered[0]
+        sent = [
+            relay(db, user, to, text, "api", bool(silent), send_at or 0, reply_to, choices)
+            for to in find_recipients(db, user, recipient, reply_to)
+        ]
         if key:
             forget_idempotency_keys(db)
-            add_idempotency_key(db, user["id"], key, request_hash, message_id, delivery)
-        return find_message(db, message_id, user["id"])
+            deliveries = ",".join(delivery for _, delivery in sent)
+            add_idempotency_key(db, user["id"], key, request_hash, sent[0][0], deliveries)
+        messages = [find_message(db, message_id, user["id"]) for message_id, _ in sent]
+    return b"[%s]" % b",".join(messages) if isinstance(recipient, list) else messages[0]
+
+
+def find_recipients(db, user, recipient, reply_to):
+    """Whom a message is for: who is named, or the other person of what it answers, or oneself.
+
+    Raises HTTPError 400.
+    """
+    other = reply_to and find_other_user(db, reply_to, user["id"])
+    if reply_to and not other:
+        raise HTTPError(400, {"reply_to": ["No such message."]})
+    if not recipient:
+        return [other or user]
+    names = [recipient] if isinstance(recipient, str) else recipient
+    found = {name: find_user_by_name(db, name) for name in names}
+    if unknown := [name for name in names if not found[name]]:
+        which = f": {', '.join(unknown)}" if isinstance(recipient, list) else ""
+        raise HTTPError(400, {"recipient": [f"No such user{which}."]})
+    return found.values()
 
 
 def read_idempotency_key():
@@ -3928,15 +4333,18 @@ def read_idempotency_key():
 
 
 def replay(db, user, request_hash, earlier):
-    """What was answered before to a request with this key.
+    """The messages that a request with this key was answered before, whose ids are consecutive.
 
     Raises HTTPError 422 when it was another request.
     """
     if earlier["request_hash"] != request_hash:
         raise refusal(422, "This Idempotency-Key was used for another message: take a new key.")
     response.set_header("Idempotency-Replayed", "true")
-    message = json.loads(find_message(db, earlier["message_id"], user["id"]))
-    return {**message, "delivery": earlier["delivery"], "failure": None}
+    return [
+        json.loads(find_message(db, message_id, user["id"]))
+        | {"delivery": delivery, "failure": None}
+        for message_id, delivery in enumerate(earlier["delivery"].split(","), earlier["message_id"])
+    ]
 
 
 @app.get("/api/messages/")
@@ -3952,26 +4360,40 @@ def replay(db, user, request_hash, earlier):
         description=f"Only those of this delivery: {', '.join(DELIVERIES)}.",
         type="string",
     ),
+    reply_to=REPLY_TO,
+    wait=WAIT,
 )
-@declare(answer_headers=["Link"])
+@declare(304, answer_headers=["Link", "ETag"])
 @answers(200, {"type": "array", "items": A_MESSAGE})
-def list_own_messages(user, delivery, **page):
+def list_own_messages(user, delivery, reply_to, wait, **page):
     """List your messages.
 
     All that you sent or received, or one page of it, oldest first.
     """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
-    return answer_list(listing, user, delivery=delivery, **page)
+    if reply_to:
+        listing = OWN_ANSWERS
+    body = answer_list(listing, user, delivery=delivery, reply_to=reply_to, **page)
+    return answer_news(user, wait, body, body == b"[]") if isinstance(body, bytes) else body
 
 
 @app.get("/api/messages/<message_id:re:[0-9]{1,19}>/")
 @signed_in
+@asks(wait=WAIT)
+@declare(304, answer_headers=["ETag"])
 @answers(200, A_MESSAGE, 404)
-def show_message(user, message_id):
+def show_message(user, message_id, wait):
     """Show a message.
 
     One that you sent or received; of others you are told that they are not there.
     """
+    message = own_message(user, message_id)
+    is_queued = wait and json.loads(message)["delivery"] == "queued"
+    return answer_news(user, wait, message, is_queued)
+
+
+def own_message(user, message_id):
+    """A message's JSON. Raises HTTPError 404."""
     message = find_message(connection(), min(int(message_id), MAX_ID), user["id"])
     if message is None:
         raise HTTPError(404)
@@ -3988,7 +4410,7 @@ def cancel(user, message_id):
 
     Nothing more is sent of one of yours, if nothing of it has reached its recipient.
     """
-    message = json.loads(show_message(user, message_id))
+    message = json.loads(own_message(user, message_id))
     if message["sender"] != user["username"]:
         raise refusal(403, "Only its sender can cancel a message.")
     with turns.hold(message["id"]) as is_free, transaction() as db:
@@ -4008,6 +4430,10 @@ TAGS = {
     "/": "server",
 }
 BEARER = {"Bearer": []}
+SECURITY = {
+    **dict.fromkeys(SIGNED_IN, [BEARER]),
+    may_register: [{}, BEARER],
+}
 # What a status means, where it says more than its phrase.
 MEANINGS = {
     **HTTP_CODES,
@@ -4053,7 +4479,7 @@ def describe_route(path, route):
         "tags": [next(TAGS[start] for start in TAGS if path.startswith(start))],
         "summary": summary,
         "description": " ".join(more.split()),
-        "security": {require_user: [BEARER], may_register: [{}, BEARER]}.get(said.sign_in, []),
+        "security": SECURITY.get(said.sign_in, []),
         "parameters": describe_parameters(said, re.findall(r"{(\w+)}", path)),
         "responses": describe_answers(said),
     }
@@ -4095,6 +4521,8 @@ def describe_answers(said):
         **dict.fromkeys(said.refusals, A_DETAIL),
         400: {"anyOf": [A_DETAIL, FIELD_ERRORS]},
     }
+    if 304 in schemas:
+        schemas[304] = None
     headers = {said.status: said.answer_headers, 429: ["Retry-After"], 503: ["Retry-After"]}
     return {
         str(status): {
@@ -4177,6 +4605,7 @@ class RouteTask(WSGITask):
     def get_environment(self):
         environ = super().get_environment()
         environ["factoryapp.lane"] = self.channel.lane
+        environ["factoryapp.waits_until"] = self.channel.waits_until
         return environ
 
     def execute(self):
@@ -4230,12 +4659,17 @@ class Channel(HTTPChannel):
     held = None  # in a round: the pieces of the answer, which is not to leave before the commit
     owes_continue = False  # to a request behind it that asked for 100-continue
     is_kept = False  # its next request is served once it has taken more of its answers
+    waits_until = None  # in ticks, its request for news
 
     def service(self):
         try:
             super().service()
+            self.waits_until = None
         except Elsewhere as elsewhere:
             self.go_to(*elsewhere.args)
+        except Parked as parked:
+            self.held = None
+            self.server.park(self, *parked.args)
 
     def go_to(self, lane):
         """Have the request served in a lane, whose answers leave as they are made."""
@@ -4288,6 +4722,15 @@ class Channel(HTTPChannel):
         else:
             self.owes_continue = True
 
+    def readable(self):
+        # One that waits is read as well, or nobody would notice that its client left.
+        is_waiting = self.waits_until is not None and len(self.requests) == 1
+        return is_waiting or super().readable()
+
+    def handle_close(self):
+        self.server.parked.pop(self, None)
+        super().handle_close()
+
     def has_taken_enough(self):
         """Whether its next request may be served: what is not taken is kept here."""
         return self.total_outbufs_len <= MAX_PIPELINED_BYTES
@@ -4335,6 +4778,8 @@ class Server(TcpWSGIServer):
         # A queue is no news.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.arrived = deque()  # channels with a request to be served
+        self.parked = {}  # channel whose request waits for news: its user's id
+        news.wake = self.wake_for_news
         self.thread = None  # that serves the rounds, once it does
         self.lanes = {"patient": ThreadedTaskDispatcher(), "hashing": ThreadedTaskDispatcher()}
         self.lanes["patient"].set_thread_count(PATIENT_THREADS)
@@ -4362,14 +4807,46 @@ class Server(TcpWSGIServer):
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         while not stop.is_set():
             # Reads what there is, sends what can be sent.
-            poll(0 if self.arrived else 1, self._map)
+            poll(0 if self.arrived or news.user_ids else self.time_to_wait(), self._map)
+            self.end_waiting()
             self.serve_round()
+        self.end_waiting(is_over=True)
+        self.serve_round()
         for lane in self.lanes.values():
             lane.shutdown(timeout=STOP_SECONDS / 2)
 
     def add_task(self, channel):
         """A channel has a request to be served. waitress calls this, on any thread."""
         self.arrived.append(channel)
+
+    def park(self, channel, user_id, until):
+        """Keep a request until there is news. With as many as may wait, it is served at once."""
+        channel.waits_until = until
+        of_user = sum(parked_id == user_id for parked_id in self.parked.values())
+        if len(self.parked) < WAITING and of_user < WAITING_OF_A_USER:
+            self.parked[channel] = user_id
+        else:
+            channel.waits_until = 0
+            self.add_task(channel)
+
+    def time_to_wait(self):
+        """Seconds until somebody's waiting is over, at most one."""
+        first = min((channel.waits_until for channel in self.parked), default=math.inf)
+        return max(0, min(1, first - ticks()))
+
+    def end_waiting(self, is_over=False):
+        """Note as arrived again who has news, or whose time is over."""
+        changed_for = {news.user_ids.popleft() for _ in range(len(news.user_ids))}
+        for channel, user_id in list(self.parked.items()):
+            if is_over:
+                channel.waits_until = 0
+            if user_id in changed_for or channel.waits_until <= ticks():
+                del self.parked[channel]
+                self.add_task(channel)
+
+    def wake_for_news(self):
+        if self.parked:
+            self.pull_trigger()
 
     def serve_round(self):
         """Serve all that arrived: reads, then all that may write in one transaction."""
@@ -4684,7 +5161,7 @@ def administer(name, password_hash):
 
 
 def start_workers(home, stop):
-    """Start the polling thread, the senders, and who forgets. Returns the senders."""
+    """Start the polling thread, the upkeep and the senders. Returns the senders."""
     running.home = home
     turns.open(home.id, list_queues(connection(), home.id))
     if elsewhere := count_elsewhere(connection(), home.id):

@@ -25,6 +25,18 @@ CREATE TABLE IF NOT EXISTS blacklisted_tokens (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS blacklisted_tokens_by_expiry ON blacklisted_tokens (expires_at);
 
+-- What programs sign in with.
+CREATE TABLE IF NOT EXISTS api_keys (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    name         TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
+    key_hash     BLOB NOT NULL UNIQUE,             -- SHA-256; the key itself is random 256 bits and kept nowhere
+    created_at   TEXT NOT NULL,
+    expires_at   TEXT,                             -- NULL: never
+    last_used_on TEXT                              -- a date
+) STRICT;
+CREATE INDEX IF NOT EXISTS api_keys_by_user ON api_keys (user_id);
+
 -- The one-time tokens that link a chat: one a user, a new one takes the place of the old.
 CREATE TABLE IF NOT EXISTS link_tokens (
     user_id    INTEGER PRIMARY KEY REFERENCES users ON DELETE CASCADE,
@@ -79,10 +91,14 @@ CREATE TABLE IF NOT EXISTS messages (
     delivery     TEXT NOT NULL                       -- of the recipient's copy
         CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
     failure      TEXT,                               -- why that was given up, in Telegram's words
-    send_at      TEXT                                -- its sender's wish: not before; NULL is at once
+    send_at      TEXT,                               -- its sender's wish: not before; NULL is at once
+    reply_to     INTEGER REFERENCES messages ON DELETE SET NULL,  -- the message it answers
+    choices      TEXT,                               -- JSON array of the buttons below it
+    was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1))  -- one of them was pressed
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
+CREATE INDEX IF NOT EXISTS messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
 CREATE INDEX IF NOT EXISTS messages_by_sender_delivery ON messages (sender_id, delivery);
 CREATE INDEX IF NOT EXISTS messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE recipient_id <> sender_id;
 
@@ -91,8 +107,8 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
     key          TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
     request_hash BLOB NOT NULL,                    -- SHA-256 of the request's fields
-    message_id   INTEGER NOT NULL REFERENCES messages,
-    delivery     TEXT NOT NULL,                    -- the message's, as it was answered
+    message_id   INTEGER NOT NULL REFERENCES messages,  -- the first, where it was sent to several: the others follow
+    delivery     TEXT NOT NULL,                    -- the messages', as it was answered, with commas between
     used_at      REAL NOT NULL,                    -- forgotten after a day
     PRIMARY KEY (user_id, key)
 ) STRICT, WITHOUT ROWID;

@@ -1234,9 +1234,10 @@ def test_step_may_rebuild_a_table_that_others_refer_to(version_1, monkeypatch):
         CREATE TABLE new_messages (
             id INTEGER PRIMARY KEY AUTOINCREMENT, sender_id INTEGER NOT NULL REFERENCES users,
             recipient_id INTEGER NOT NULL REFERENCES users, text TEXT NOT NULL,
-            created_at TEXT NOT NULL, source TEXT NOT NULL, delivery TEXT NOT NULL) STRICT;
+            created_at TEXT NOT NULL, source TEXT NOT NULL, delivery TEXT NOT NULL,
+            reply_to INTEGER) STRICT;
         INSERT INTO new_messages SELECT id, sender_id, recipient_id, text, created_at, source,
-            delivery FROM messages;
+            delivery, reply_to FROM messages;
         DROP TABLE messages;
         ALTER TABLE new_messages RENAME TO messages
         """
@@ -2507,7 +2508,8 @@ def test_notice_of_telegrams_own_in_a_chat_is_not_answered(http, telegram, bot_a
 
 def test_terminal_gets_no_control_characters_but_tabs_and_line_ends(capsys):
     controls = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
-    factoryapp.Terminal().send({"text": "a\tb\nc" + "".join(controls)})
+    text = "a\tb\nc" + "".join(controls)
+    factoryapp.Terminal().send({"text": text, "message_id": None, "choices": None})
     assert capsys.readouterr().out == "a\tb\nc" + "\ufffd" * len(controls) + "\n\n"
 
 
@@ -4823,6 +4825,8 @@ def test_message_has_the_promised_fields(http, clock):
         "delivery": "unlinked",
         "failure": None,
         "send_at": None,
+        "reply_to": None,
+        "choices": None,
     }
     assert list_messages(http, headers) == [message]
 
