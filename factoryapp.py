@@ -2485,7 +2485,8 @@ class Telegram(Home):
     def __init__(self, token, api_url):
         bot_id, _, self.secret = token.partition(":")
         self.id, self.token = int(bot_id), token
-        self.is_refused, self.started = False, ticks()
+        self.refusal = None  # error_code of Telegram's, while it refuses the bot
+        self.started = ticks()
         self.failures = 0  # calls of run() that failed in a row
         apihelper.API_URL = api_url.rstrip("/") + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
@@ -2494,7 +2495,7 @@ class Telegram(Home):
     def is_well(self):
         """Whether Telegram has answered lately, and takes the token."""
         silent = ticks() - (self.answered or self.started)
-        return not self.is_refused and silent <= SILENT_SECONDS
+        return not self.refusal and silent <= SILENT_SECONDS
 
     def request(self, method, url, params=None, files=None, timeout=None, proxies=None):
         """telebot's way to the network. Raises TelegramError.
@@ -2638,16 +2639,16 @@ class Telegram(Home):
         if error.code == 409 and "webhook" in error.description.lower():
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
             return self.delete_webhook
-        self.is_refused = error.code in (401, 404, 409)
+        self.refusal = error.code if error.code in (401, 404, 409) else None
         self.error = f"polling failed: {error}"
         if error.code == 409:
             self.error = f"another process polls this bot: end it, or use another bot ({error})"
-        elif self.is_refused:
+        elif self.refusal:
             self.error = (
                 f"Telegram refuses TELEGRAM_BOT_TOKEN ({error}): get the right one from @BotFather "
                 "and start again. The HTTP API goes on, deliveries wait."
             )
-        log.log(logging.ERROR if self.is_refused else logging.WARNING, self.error)
+        log.log(logging.ERROR if self.refusal else logging.WARNING, self.error)
         return None
 
     def run(self, stop):
@@ -2661,9 +2662,9 @@ class Telegram(Home):
                 if self.failures:
                     log.warning("Telegram answers again")
                     turns.hurry()
-                if not self.failures or not self.is_refused:
+                if not self.failures or self.refusal != 409:
                     # One call in two succeeds while another process polls.
-                    self.error, self.is_refused = None, False
+                    self.error = self.refusal = None
                 step, self.failures, self.answered = self.poll, 0, ticks()
             except Exception as error:
                 self.failures += 1
@@ -4951,7 +4952,7 @@ def read_option(name, pattern, value):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise BadSetting(f"{message}. See --help.")
+        raise BadSetting(f"{message.rstrip('.')}. See --help.")
 
 
 def read_arguments(argv):
@@ -5024,8 +5025,11 @@ def read_arguments(argv):
 
 
 def username(text):
-    """The one spelling of a name. Raises ValueError."""
-    return USERNAME_FIELD.read(text)
+    """The one spelling of a name. Raises argparse.ArgumentTypeError."""
+    try:
+        return USERNAME_FIELD.read(text)
+    except Refused as refused:
+        raise argparse.ArgumentTypeError(" ".join(refused.args)) from None
 
 
 def networks(text):
