@@ -5165,24 +5165,23 @@ def administer(name, password_hash):
 
 
 def start_workers(home, stop):
-    """Start the polling thread, the upkeep and the senders. Returns the senders."""
+    """Start what works in the background. Returns the senders."""
     running.home = home
     turns.open(home.id, list_queues(connection(), home.id))
     if elsewhere := count_elsewhere(connection(), home.id):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
-    senders = [
-        threading.Thread(target=run_outbox, args=(home, stop), name=f"sender-{n}", daemon=True)
-        for n in range(SENDERS)
-    ]
-    others = [
-        threading.Thread(target=home.run, args=(stop,), name="polling", daemon=True),
-        threading.Thread(target=run_upkeep, args=(home, stop), name="upkeep", daemon=True),
-    ]
+    start("polling", home.run, stop)
+    start("upkeep", run_upkeep, home, stop)
     if settings.keep_days:
-        others.append(threading.Thread(target=run_forgetting, args=(stop,), daemon=True))
-    for worker in [*others, *senders]:
-        worker.start()
-    return senders
+        start("forgetting", run_forgetting, stop)
+    return [start(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
+
+
+def start(name, target, *args):
+    """A thread that ends with the process, started."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def stop_workers(senders):
