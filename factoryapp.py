@@ -3444,6 +3444,11 @@ class Refused(ValueError):
     """What was sent is not what a field takes; the arguments are sentences for the client."""
 
 
+def json_schema(**words):
+    """The JSON schema of those words that are not None."""
+    return {name: value for name, value in words.items() if value is not None}
+
+
 @dataclass
 class Text:
     """A text field: what it takes, and Django REST framework's wording of what it does not."""
@@ -3461,15 +3466,14 @@ class Text:
 
     @property
     def schema(self):
-        schema = {
-            "type": self.type,
-            "minLength": 1,
-            "maxLength": self.max_length,
-            "example": self.example,
-            "description": self.description,
-            "pattern": self.schema_pattern,
-        }
-        return {name: value for name, value in schema.items() if value is not None}
+        return json_schema(
+            type=self.type,
+            minLength=1,
+            maxLength=self.max_length,
+            example=self.example,
+            description=self.description,
+            pattern=self.schema_pattern,
+        )
 
     def read(self, value):
         """The text that was sent. Raises Refused."""
@@ -3540,12 +3544,18 @@ class Moment:
     least: float = -math.inf
     most: float = math.inf
     example: str = "2026-01-01T09:00:00Z"
+    description: str = "At once, if left out."
     required = False
     pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
 
     @property
     def schema(self):
-        return {"type": "string", "format": "date-time", "example": self.example}
+        return {
+            "type": "string",
+            "format": "date-time",
+            "example": self.example,
+            "description": self.description,
+        }
 
     def read(self, value):
         try:
@@ -3581,7 +3591,7 @@ class Number:
 
     @property
     def schema(self):
-        return {"type": "integer", **vars(self)}
+        return json_schema(type="integer", **vars(self))
 
     def read(self, value):
         if not re.fullmatch("-?[0-9]{1,20}", str(value)):
@@ -3600,14 +3610,22 @@ class Several:
     item: Text
     least: int
     most: int
+    example: object
+    description: str
     required = False
 
     @property
     def schema(self):
-        schema = {"type": "array", "items": self.item.schema, "maxItems": self.most}
+        said = {"example": self.example, "description": self.description}
+        schema = {
+            "type": "array",
+            "items": self.item.schema,
+            "minItems": self.least,
+            "maxItems": self.most,
+        }
         if self.least == 1:
-            return {"oneOf": [self.item.schema, schema | {"minItems": 1}]}
-        return schema | {"minItems": self.least, "uniqueItems": True}
+            return {"oneOf": [self.item.schema, schema], **said}
+        return {**schema, "uniqueItems": True, **said}
 
     def read(self, value):
         if not isinstance(value, list):
@@ -3913,7 +3931,7 @@ A_KEY = component(
         last_used_on=OR_NULL | {"format": "date", "example": "2026-11-23"},
     ),
 )
-A_NEW_KEY = an_object(**COMPONENTS["Key"]["properties"], key=A_TEXT)
+A_NEW_KEY = an_object(**COMPONENTS["Key"]["properties"], key=A_TEXT | {"example": "fa_9UdSeHhQ…"})
 A_DETAIL = component(
     "Detail",
     {
@@ -3943,8 +3961,11 @@ USERNAME_FIELD = Text(
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
-REPLY_TO = Number(1, MAX_ID, 17, "The id of a message that you sent or received.")
 WAIT = Number(0, WAIT_SECONDS, 0, "Seconds to wait for something new, where there is none.")
+IF_NONE_MATCH = {
+    "If-None-Match": A_TEXT
+    | {"example": '"0123456789abcdef"', "description": "The ETag of what you have already."}
+}
 TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 
 
@@ -4178,7 +4199,7 @@ def change_password(user, current_password, new_password):
 @logged_in
 @takes(
     name=Text(100, example="night report"),
-    expires_at=Moment(least=0, example="2099-01-01T00:00:00Z"),
+    expires_at=Moment(0, example="2099-01-01T00:00:00Z", description="Never, if left out."),
 )
 @answers(201, A_NEW_KEY)
 def make_key(user, name, expires_at):
@@ -4264,11 +4285,20 @@ def list_all_users(user, **page):
     MAX_MESSAGE_BODY_BYTES,
     plain="text",
     text=Text(MAX_TEXT, example="Линия 4 остановлена"),
-    recipient=Several(NAME_FIELD, 1, MAX_RECIPIENTS),
+    recipient=Several(
+        NAME_FIELD, 1, MAX_RECIPIENTS, "alice", "A username, or a list of them; you, if left out."
+    ),
     silent=Flag(),
     send_at=Moment(most=SEND_AHEAD_SECONDS),
-    reply_to=REPLY_TO,
-    choices=Several(Text(MAX_CHOICE, tidy=str.strip, example="Да"), 2, MAX_CHOICES),
+    # Without an example, which would be no message of who tries it.
+    reply_to=Number(1, MAX_ID, None, "The id of the message of yours that it answers."),
+    choices=Several(
+        Text(MAX_CHOICE, tidy=str.strip),
+        2,
+        MAX_CHOICES,
+        ["Да", "Нет"],
+        "Buttons below the recipient's copy.",
+    ),
 )
 @declare(
     headers={
@@ -4285,8 +4315,9 @@ def list_all_users(user, **page):
 def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
-    It is stored and its copies are queued, together or not at all. Without a recipient it is to
-    yourself. With an Idempotency-Key, a retry stores nothing more.
+    It is stored and its copies are queued, together or not at all. With an Idempotency-Key, a
+    retry stores nothing more. The text may also come as text/plain, the other fields then in the
+    query string.
     """
     key = read_idempotency_key()
     fields = text, recipient, silent, send_at, *filter(None, (reply_to, choices))
@@ -4361,10 +4392,10 @@ def replay(db, user, request_hash, earlier):
         description=f"Only those of this delivery: {', '.join(DELIVERIES)}.",
         type="string",
     ),
-    reply_to=REPLY_TO,
+    reply_to=Number(1, MAX_ID, 17, "Only the answers to the message of this id."),
     wait=WAIT,
 )
-@declare(304, answer_headers=["Link", "ETag"])
+@declare(304, headers=IF_NONE_MATCH, answer_headers=["Link", "ETag"])
 @answers(200, {"type": "array", "items": A_MESSAGE})
 def list_own_messages(user, delivery, reply_to, wait, **page):
     """List your messages.
@@ -4381,7 +4412,7 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
 @app.get("/api/messages/<message_id:re:[0-9]{1,19}>/")
 @signed_in
 @asks(wait=WAIT)
-@declare(304, answer_headers=["ETag"])
+@declare(304, headers=IF_NONE_MATCH, answer_headers=["ETag"])
 @answers(200, A_MESSAGE, 404)
 def show_message(user, message_id, wait):
     """Show a message.
@@ -4455,7 +4486,11 @@ def describe_api(address):
         if "." in path:
             path = path.rstrip("/")
         paths.setdefault(path, {})[route.method.lower()] = describe_route(path, route.callback)
-    bearer = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+    bearer = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An access token, or an API key where that is allowed.",
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -4508,9 +4543,12 @@ def describe_parameters(said, path_names):
 
 
 def describe_body(fields):
+    schemas = {name: each.schema for name, each in fields.items()}
+    examples = {name: schema.get("example") for name, schema in schemas.items()}
     return {
         "type": "object",
-        "properties": {name: each.schema for name, each in fields.items()},
+        "properties": schemas,
+        "example": json_schema(**examples),
         "required": [name for name, each in fields.items() if each.required],
     }
 
@@ -4524,7 +4562,12 @@ def describe_answers(said):
     }
     if 304 in schemas:
         schemas[304] = None
-    headers = {said.status: said.answer_headers, 429: ["Retry-After"], 503: ["Retry-After"]}
+    headers = {
+        said.status: said.answer_headers,
+        304: ["ETag"],
+        429: ["Retry-After"],
+        503: ["Retry-After"],
+    }
     return {
         str(status): {
             "description": MEANINGS[status],
