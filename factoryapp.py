@@ -4183,7 +4183,7 @@ def unlink_telegram(user):
 def change_password(user, current_password, new_password):
     """Change the password.
 
-    Every token issued before ends.
+    Every token and key issued before ends.
     """
     old_hash = user["password"]
     if not check_password(user["username"], current_password, old_hash):
@@ -5023,8 +5023,14 @@ def read_arguments(argv):
     )
     administration = parser.add_mutually_exclusive_group()
     for name, explanation in (
-        ("set-password", "set the password of the account NAME, or make it, and end its tokens"),
-        ("disable", "end the tokens of the account NAME, unlink its chat, let no password fit"),
+        (
+            "set-password",
+            "set the password of the account NAME, or make it, and end its tokens and keys",
+        ),
+        (
+            "disable",
+            "end the tokens and keys of the account NAME, unlink its chat, let no password fit",
+        ),
     ):
         administration.add_argument(
             f"--{name}",
@@ -5187,7 +5193,7 @@ def administer(name, password_hash):
     """
     log.setLevel(logging.ERROR)
     nobody = BadSetting(f"There is no account {name} in the database {settings.db}.")
-    done = "its password is set, its tokens have ended" if password_hash else "disabled"
+    done = "its password is set, its tokens and keys have ended" if password_hash else "disabled"
     if not password_hash and not check_store():
         raise nobody
     open_store()
