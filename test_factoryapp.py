@@ -5414,6 +5414,8 @@ def fits(value, schema, named):
         schema = named[schema["$ref"].removeprefix("#/components/schemas/")]
     if "anyOf" in schema:
         return any(fits(value, one, named) for one in schema["anyOf"])
+    if "oneOf" in schema:
+        return sum(fits(value, one, named) for one in schema["oneOf"]) == 1
     kinds = {
         "object": dict,
         "array": list,
@@ -5453,8 +5455,8 @@ def test_openapi_names_every_route_and_the_address(http):
     }
     readme = (HERE / "README.md").read_text()
     for method, path in operations:
-        assert f"`{method} {path.replace('{message_id}', 'ID')}`" in readme
-    assert len(operations) == len(factoryapp.app.routes) == 17
+        assert f"| `{method} {re.sub('{.*}', 'ID', path)}`" in readme
+    assert len(operations) == len(factoryapp.app.routes) == 20
 
 
 def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
@@ -5466,7 +5468,7 @@ def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
                 ({}, {} in security, NO_CREDENTIALS),
                 (junk, {"Bearer": []} not in security, not_for_any("Token is invalid")),
             ):
-                url = path.replace("{message_id}", "1")
+                url = re.sub("{.*}", "1", path)
                 response = http.request(url, method=method.upper(), headers=headers, status="*")
                 assert (response.body != factoryapp.encode_json(answer)) == is_allowed, url
             required = [p["name"] for p in operation["parameters"] if p["required"]]
@@ -5486,13 +5488,14 @@ def test_openapi_describes_bodies_as_json_alone_and_says_that_forms_work(http):
     bodies = [each[2].get("requestBody") for each in described_operations(document)]
     assert {media_type for body in bodies if body for media_type in body["content"]} == {JSON}
     assert "forms" in document["info"]["description"]
+    assert "text/plain" in document["paths"]["/api/messages/"]["post"]["description"]
 
 
 def test_openapi_names_what_it_answers_and_refuses(http):
     document = http.get("/openapi.json").json
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references == set(document["components"]["schemas"])
-    assert references >= {"User", "Message", "Detail", "FieldErrors"}
+    assert references >= {"User", "Message", "Key", "Detail", "FieldErrors"}
     detail, errors = ({"$ref": f"#/components/schemas/{n}"} for n in ("Detail", "FieldErrors"))
     for _, path, operation in described_operations(document):
         for status, answer in operation["responses"].items():
@@ -5512,6 +5515,12 @@ def test_openapi_says_of_everything_what_it_is(http):
         for parameter in operation["parameters"]:
             assert parameter["description"].endswith("."), (path, parameter)
             assert fits(parameter["example"], parameter["schema"], {}), (path, parameter)
+        if "requestBody" in operation:
+            body = operation["requestBody"]["content"][JSON]["schema"]
+            assert fits(body["example"], body, {}), path
+            for name, field in body["properties"].items():
+                assert "example" in field or "description" in field, (path, name)
+                assert "example" not in field or fits(field["example"], field, {}), (path, name)
     tags = {path: operation["tags"] for _, path, operation in described_operations(document)}
     assert tags["/api/users/me/"] == ["accounts"] and tags["/auth/token/"] == ["tokens"]
     assert tags["/api/messages/{message_id}/"] == ["messages"] and tags["/health/"] == ["server"]
@@ -5524,7 +5533,9 @@ def test_openapi_names_the_headers_of_answers(http):
         for _, _, operation in described_operations(document)
         for status, answer in operation["responses"].items()
     }
-    assert headers["list_own_messages", "200"] == headers["list_all_users", "200"] == ["Link"]
+    assert headers["list_own_messages", "200"] == ["Link", "ETag"]
+    assert headers["list_all_users", "200"] == ["Link"]
+    assert headers["show_message", "200"] == headers["show_message", "304"] == ["ETag"]
     assert headers["post_message", "201"] == ["Idempotency-Replayed"]
     assert headers["log_in", "429"] == headers["show_page", "503"] == ["Retry-After"]
     assert headers["show_page", "200"] == []
@@ -5564,8 +5575,7 @@ def send_example(http, document, name, headers):
         given[parameter["in"]][parameter["name"]] = str(parameter["example"])
     body = b""
     if "requestBody" in operation:
-        fields = operation["requestBody"]["content"][JSON]["schema"]["properties"]
-        body = json.dumps({field: fields[field]["example"] for field in fields}).encode()
+        body = json.dumps(operation["requestBody"]["content"][JSON]["schema"]["example"]).encode()
     url = f"{path.format(**given['path'])}?{urlencode(given['query'])}"
     headers = {**headers, **given["header"]}
     return http.request(url, method=method, body=body, content_type=JSON, headers=headers)
@@ -5579,8 +5589,11 @@ def test_examples_of_the_openapi_document_are_a_journey(http):
     assert send_example(http, document, "get_telegram_token", headers).json["telegram_token"]
     message = send_example(http, document, "post_message", headers).json
     assert send_example(http, document, "show_message", headers).json == message
-    for name in ("list_own_messages", "list_all_users", "show_account", "show_health"):
+    assert send_example(http, document, "make_key", headers).json["name"] == "night report"
+    listed = "list_own_messages list_all_users list_own_keys show_account show_health".split()
+    for name in listed:
         assert send_example(http, document, name, headers).status_int == 200
+    assert send_example(http, document, "end_key", headers).status_int == 204
     assert send_example(http, document, "change_password", headers).status_int == 204
 
 
@@ -5604,10 +5617,24 @@ def test_openapi_names_the_address_that_the_trusted_proxy_says(http, monkeypatch
     assert servers == [{"url": address}, {"url": "http://app:8080"}]
 
 
+@pytest.mark.parametrize("recipient", ["alice", ["alice"]])
+def test_openapi_describes_one_message_and_several(http, recipient):
+    document, answer = (
+        http.get("/openapi.json").json,
+        post(http, join(http, "alice"), "text", recipient=recipient),
+    )
+    operation = document["paths"]["/api/messages/"]["post"]
+    asked = operation["requestBody"]["content"][JSON]["schema"]["properties"]["recipient"]
+    answered = operation["responses"]["201"]["content"][JSON]["schema"]
+    assert fits(recipient, asked, {})
+    assert fits(answer, answered, document["components"]["schemas"])
+
+
 def test_every_answer_is_in_the_openapi_document(http):
     # Each operation is sent what its schemas allow and what they do not.
     draw, seen = random.Random(1), set()
     document, headers = http.get("/openapi.json").json, join(http, "alice")
+    key = http.post_json("/api/users/keys/", {"name": "x"}, headers=join(http, "bob")).json["key"]
     odd = [
         None,
         True,
@@ -5633,32 +5660,39 @@ def test_every_answer_is_in_the_openapi_document(http):
                 operation.get("requestBody", {})
                 .get("content", {})
                 .get(JSON, {})
-                .get("schema", {"properties": {}})
+                .get("schema", {"properties": {}, "example": {}})
             )
             for _ in range(60):
                 body = {
-                    name: field.get("example", odd[-1]) if draw.random() < 0.6 else draw.choice(odd)
-                    for name, field in body_schema["properties"].items()
-                    if draw.random() < 0.8
+                    name: draw.choice([*odd, 1]) if draw.random() < 0.2 else example
+                    for name in body_schema["properties"]
+                    if (example := body_schema["example"].get(name)) or draw.random() < 0.2
                 }
                 query = "&".join(
-                    f"{p['name']}={draw.choice(['1', '0', '-1', 'x', '1000', str(2**63)])}"
+                    f"{p['name']}={draw.choice(['0', '-1', 'x', '1000', str(2**63)])}"
                     for p in operation["parameters"]
-                    if p["in"] == "query" and draw.random() < 0.5
+                    if p["in"] == "query" and draw.random() < 0.25
                 )
+                more = {
+                    p["name"]: draw.choice(["*", "x"])
+                    for p in operation["parameters"]
+                    if p["in"] == "header" and draw.random() < 0.6
+                }
                 response = http.request(
-                    path.replace("{message_id}", draw.choice(["1", "7", "9" * 19])) + "?" + query,
+                    re.sub("{.*}", draw.choice(["1", "7", "9" * 19]), path) + "?" + query,
                     method=method.upper(),
                     body=json.dumps(body).encode() if body_schema["properties"] else b"",
                     expect_errors=True,
                     content_type=draw.choice([JSON, JSON, JSON, "text/plain"]),
-                    headers=draw.choice(
-                        [headers, headers, headers, {}, {"Authorization": "Bearer x"}]
+                    headers=more
+                    | draw.choice(
+                        [headers, headers, headers, {}]
+                        + [{"Authorization": f"Bearer {token}"} for token in ("x", key)]
                     ),
                 )
                 if path.endswith("set-password/") and response.status_int == 204:
                     headers = log_in(http, "alice", str(body["new_password"]))
-                seen.add(response.status_int)
+                seen.add((operation["operationId"], response.status_int))
                 declared = operation["responses"].get(str(response.status_int))
                 assert declared, (method, path, body, response)
                 for media_type, content in declared.get("content", {}).items():
@@ -5666,7 +5700,8 @@ def test_every_answer_is_in_the_openapi_document(http):
                     assert media_type != JSON or fits(
                         response.json, content["schema"], document["components"]["schemas"]
                     ), (method, path, response)
-    assert {200, 201, 204, 400, 401, 404, 415} <= seen
+    assert {200, 201, 204, 304, 400, 401, 403, 404, 415, 422} <= {status for _, status in seen}
+    assert {("list_own_messages", 304), ("show_message", 304), ("make_key", 403)} <= seen
 
 
 # --- Server ---------------------------------------------------------------------------------------
@@ -5815,7 +5850,7 @@ def test_no_route_hashes_on_the_serving_thread(http, monkeypatch):
         register(http, name)
         sent = {"username": name, "password": PASSWORD, "text": "a", "recipient": "alice"}
         tokens = http.post_json("/auth/token/", sent).json
-        sent.update(token=tokens["access"], refresh=tokens["refresh"])
+        sent.update(token=tokens["access"], refresh=tokens["refresh"], name="night report")
         sent.update(current_password=PASSWORD, new_password="An0ther-pass")
         if "register" in route.rule:
             sent["username"] = "somebody-new"
@@ -6510,7 +6545,7 @@ def test_version_is_the_same_wherever_it_is_said(http):
 
 
 NEW_PASSWORD = "An0ther-pass"
-SET, DISABLE = "its password is set, its tokens have ended", "disabled"
+SET, DISABLE = "its password is set, its tokens and keys have ended", "disabled"
 
 
 def administer(folder, *arguments, typed=NEW_PASSWORD):
@@ -6713,6 +6748,44 @@ def test_output_is_utf_8_whatever_the_locale_says(start):
     program = start(PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
     program.type("/start")
     program.wait_for("Токен выдаёт API")
+
+
+@contextmanager
+def in_a_shell(commands, **env):
+    """A shell that runs these; what is left of it when the block ends is killed."""
+    shell = subprocess.Popen(
+        ["sh", "-c", commands],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield shell
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+        shell.stdout.close()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_scripts_of_the_readme_ask_a_person_in_the_terminal_and_get_the_answer(start):
+    program = start()
+    alice, bob = join(program.http, "alice"), join(program.http, "bob")
+    program.type(link_token(program.http, bob))
+    program.wait_for("успешно привязаны")
+    section = re.search("\n## For scripts\n.*?\n## ", (HERE / "README.md").read_text(), re.DOTALL)[
+        0
+    ]
+    section = section.replace("http://127.0.0.1:8080", program.url).replace("after=17", "after=0")
+    make_key, *script = re.findall("^    (.*)", section, re.MULTILINE)
+    with in_a_shell(make_key, TOKEN=alice["Authorization"].removeprefix("Bearer ")) as shell:
+        key = json.loads(shell.communicate(timeout=10)[0])["key"]
+    with in_a_shell("\n".join(script).replace("fa_…", key)) as shell:
+        question = r"(#\d+)\nСообщение от alice:\n\nStop line 4\?\n\[Yes]\n\[No]\n"
+        program.type(f"{program.wait_for(question)[1]} Yes")
+        assert shell.communicate(timeout=10)[0].endswith("line 4 stops\n")
 
 
 def test_second_process_on_a_database_is_refused(start, tmp_path):
