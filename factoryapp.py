@@ -4321,6 +4321,9 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     retry stores nothing more. The text may also come as text/plain, the other fields then in the
     query string.
     """
+    if isinstance(recipient, list):
+        # So many copies to be split.
+        leave_round("patient")
     key = read_idempotency_key()
     fields = text, recipient, silent, send_at, *filter(None, (reply_to, choices))
     request_hash = hashlib.sha256(repr(fields).encode()).digest()
@@ -4720,6 +4723,8 @@ class Channel(HTTPChannel):
     def go_to(self, lane):
         """Have the request served in a lane, whose answers leave as they are made."""
         self.lane, self.held = lane, None
+        # What was read of its body is read again.
+        self.requests[0].get_body_stream().seek(0)
         self.server.lanes[lane].add_task(self)
 
     def serve_in_round(self):
