@@ -3647,7 +3647,10 @@ def tidy_username(name):
 
 
 class Form(dict):
-    """A form's fields. Forms send an empty field as "": for an optional one, "not given"."""
+    """A form's fields. Forms send an empty field as "": for an optional one, "not given".
+
+    What several values stand for is a list of them, where the field may be one, else the last.
+    """
 
 
 def read_fields(fields, sent):
@@ -3736,18 +3739,25 @@ def read_form(said, kind):
 
     None for another kind of body. Raises ValueError, LookupError, MultipartError.
     """
-    if kind == MULTIPART:
-        return Form(request.POST)
     charset = read_charset()
-    if kind == "application/x-www-form-urlencoded":
+    if kind == MULTIPART:
+        pairs = list(request.POST.allitems())
+    elif kind == "application/x-www-form-urlencoded":
         body = request.body.read()
         if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return read_json(body)
-        return Form(parse_form(body.decode(charset), charset))
-    if kind == "text/plain" and said.plain:
-        text = request.body.read().decode(charset).removesuffix("\n").removesuffix("\r")
-        return Form([*parse_form(request.query_string), (said.plain, text)])
-    return None
+        pairs = parse_form(body.decode(charset), charset)
+    elif kind == "text/plain" and said.plain:
+        text = re.sub(r"\r?\n\Z", "", request.body.read().decode(charset))
+        pairs = [*parse_form(request.query_string), (said.plain, text)]
+    else:
+        return None
+    form = Form(pairs)
+    for name, declared_field in said.body.items():
+        values = [value for key, value in pairs if key == name]
+        if isinstance(declared_field, Several) and len(values) > 1:
+            form[name] = values
+    return form
 
 
 def parse_form(text, charset="utf-8"):
