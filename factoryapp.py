@@ -2122,15 +2122,18 @@ def note_used_keys():
 
 def run_upkeep(home, stop):
     """Do what nobody waits for, until told to stop."""
+    spent = 0
     while not stop.is_set():
         started_at = ticks()
         try:
             notice_writes(home)
+            # The rest may be waiting for others who write.
+            spent = ticks() - started_at
             note_used_keys()
         except sqlite3.Error:
             log.exception("upkeep failed; trying again")
         # A twentieth of the time at most.
-        stop.wait(max(UPKEEP_SECONDS, 20 * (ticks() - started_at)))
+        stop.wait(max(UPKEEP_SECONDS, 20 * spent))
 
 
 def forget_next(after):
