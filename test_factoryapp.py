@@ -78,6 +78,7 @@ def http(request, tmp_path, monkeypatch, breaking):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
     monkeypatch.setattr(factoryapp, "SCRYPT", {"n": 16, "r": 8, "p": 1})
     monkeypatch.setattr(factoryapp, "login_throttle", factoryapp.LoginThrottle())
+    monkeypatch.setattr(factoryapp, "used_keys", set())
     factoryapp.open_store()
     factoryapp.turns.open(0, ())
     client = CLIENTS[getattr(request, "param", "alone")]
@@ -124,6 +125,17 @@ def cancel(http, headers, message_id=1):
     return http.delete(f"/api/messages/{message_id}/", headers=headers, status="*").status_int
 
 
+def make_key(http, headers, name="cron", **fields):
+    """The headers of a request by a new API key."""
+    sent = {"name": name, **fields}
+    key = http.post_json("/api/users/keys/", sent, headers=headers, status=201).json["key"]
+    return {"Authorization": f"Bearer {key}"}
+
+
+def list_keys(http, headers):
+    return http.get("/api/users/keys/", headers=headers).json
+
+
 def link_token(http, headers):
     return http.get("/api/users/get-telegram-token/", headers=headers).json["telegram_token"]
 
@@ -146,13 +158,14 @@ def test_whole_journey_in_the_terminal(start, tmp_path):
     program.wait_for("alice, я получил от тебя сообщение:\n\nпри\ufffd\\[2Jвет\n")
     program.type("написано боту")
     program.wait_for("alice, я получил от тебя сообщение:\n\nнаписано боту\n")
+    cron = make_key(program.http, headers)
     assert program.end() == (0, pytest.approx(0, abs=2))
     program = start()  # a link, a login and the messages outlive the process
     assert [(m["text"], m["source"]) for m in list_messages(program.http, headers)] == [
         ("при\x1b[2Jвет", "api"),
         ("написано боту", "telegram"),
     ]
-    post(program.http, headers, "снова")
+    post(program.http, cron, "снова")
     program.wait_for("снова")
     assert program.end(signal.SIGINT) == (0, pytest.approx(0, abs=2))
     assert not re.search("WARNING|ERROR", program.log())
@@ -1018,6 +1031,13 @@ def test_outbox_is_looked_at_only_when_something_was_written_or_the_clock_steps(
     assert len(looks) == 1
 
 
+def test_upkeep_that_waited_for_other_writers_is_soon_back(http, telegram, clock, monkeypatch):
+    monkeypatch.setattr(factoryapp, "note_used_keys", lambda: clock.move(3))
+    stop = StopAtFirstPause()
+    factoryapp.run_upkeep(telegram, stop)
+    assert stop.seconds == factoryapp.UPKEEP_SECONDS
+
+
 # --- Store ----------------------------------------------------------------------------------------
 
 
@@ -1263,6 +1283,36 @@ def test_link_token_is_stored_as_a_hash_alone(http):
     token = link_token(http, join(http, "alice"))
     dump = "\n".join(factoryapp.connection().iterdump())
     assert "link_tokens" in dump and token not in dump
+
+
+def test_api_key_is_stored_as_a_hash_alone(http):
+    key = make_key(http, join(http, "alice"))["Authorization"].split()[1]
+    dump = "\n".join(factoryapp.connection().iterdump())
+    assert hashlib.sha256(key.encode()).hexdigest().upper() in dump and key[3:] not in dump
+
+
+def test_last_use_of_a_key_is_written_once_a_day(http, clock, monkeypatch):
+    alice = join(http, "alice")
+    cron, _ = make_key(http, alice), make_key(http, alice, "unused")
+    writes, dates = note_threads(monkeypatch, factoryapp, "set_keys_used"), []
+    for hours in (0, 15.9, 0.1, 0, 48):  # from 8 o'clock on
+        clock.move(hours * 3600)
+        http.get("/api/users/me/", headers=cron)
+        factoryapp.note_used_keys()
+        dates.append([key["last_used_on"] for key in list_keys(http, cron)])
+    assert dates == [[f"2027-01-{day}", None] for day in (15, 15, 16, 16, 18)]
+    assert len(writes) == 3
+
+
+def test_use_of_a_key_is_written_down_once_the_database_takes_it(http, tmp_path):
+    cron = make_key(http, join(http, "alice"))
+    factoryapp.connection().execute("PRAGMA busy_timeout = 0")
+    with another_writer(tmp_path / "factoryapp.db"):
+        http.get("/api/users/me/", headers=cron)  # waits for nobody who writes
+        with pytest.raises(sqlite3.OperationalError):
+            factoryapp.note_used_keys()
+    factoryapp.note_used_keys()
+    assert list_keys(http, cron)[0]["last_used_on"] is not None
 
 
 def test_token_for_the_terminal_has_no_link(http):
@@ -4233,6 +4283,108 @@ def test_form_that_is_no_json_object_stays_a_form(http, body):
     assert refused == (400, {"text": ["This field is required."]})
 
 
+@pytest.mark.parametrize(
+    "body, text",
+    [
+        (b"hi", "hi"),
+        (b"hi\n", "hi"),
+        (b"hi\r\n", "hi"),
+        (b"hi\n\n", "hi\n"),
+        (b"hi\r\n\r\n", "hi\r\n"),
+        (b"hi\n\r", "hi\n\r"),
+        (b"\r100 %\r", "\r100 %\r"),
+        (b"\n hi ", "\n hi "),
+        (b'{"text": "a"}', '{"text": "a"}'),
+        (b"text=a&recipient=b+c%20", "text=a&recipient=b+c%20"),
+        ("я".encode() * 16_384 + b"\n", "я" * 16_384),
+    ],
+    ids=range(11),
+)
+def test_plain_text_is_a_message_as_it_is_but_for_its_final_line_break(http, body, text):
+    headers = join(http, "alice")
+    for media_type in ("text/plain", "Text/PLAIN; format=flowed"):
+        status, message = post_body(http, headers, media_type, body)
+        assert (status, message["text"], message["recipient"]) == (201, text, "alice")
+
+
+@pytest.mark.parametrize("charset", ["cp1251", "utf-16", "koi8-r", "utf-8", '"UTF-8"'])
+def test_plain_text_in_a_charset_that_it_names_is_read_and_its_query_as_utf_8(http, charset):
+    anna, body = join(http, "Анна"), "Цех №4\n" if charset != "koi8-r" else "Цех 4\n"
+    path = f"/api/messages/?recipient={quote('Анна')}&text=no&x=y"
+    media_type = f"text/plain; charset={charset}"
+    status, message = post_body(http, anna, media_type, body.encode(charset.strip('"')), path)
+    assert (status, message["text"], message["recipient"]) == (201, body[:-1], "Анна")
+
+
+def test_other_fields_of_a_plain_text_are_in_its_query(http, clock):
+    alice = join(http, "alice")
+    register(http, "b+b")
+    first = post(http, alice, "one", recipient="b+b")
+    query = f"recipient=b%2Bb&send_at=2027-01-15T12:00:00%2B03:00&reply_to={first['id']}&silent=1"
+    path, key = f"/api/messages/?{query}", {**alice, "Idempotency-Key": "a-key"}
+    status, message = post_body(http, key, "text/plain", b"two\n", path)
+    assert status == 201 and message["recipient"] == "b+b" and message["reply_to"] == first["id"]
+    sent = {"send_at": message["send_at"], "reply_to": first["id"], "silent": True}
+    assert post(http, key, "two", recipient="b+b", **sent) == message
+
+
+@pytest.mark.parametrize(
+    "query, body, status, said",
+    [
+        ("", b"", 400, "This field is required."),
+        ("", b"\n", 400, "may not be blank"),
+        ("text=a", b" \r\n", 400, "may not be blank"),
+        ("", b"a" * 16_385, 400, "no more than 16384 characters"),
+        ("", b"a\0", 400, "Null characters"),
+        ("", b"\xff\xfeh\0i\0", 400, "Form parse error - 'utf-8' codec can't decode byte 0xff"),
+        ("recipient=%ff", b"a", 400, "Form parse error - 'utf-8' codec can't decode byte 0xff"),
+        ("recipient=nobody", b"a", 400, "No such user."),
+        ("recipient=bob&recipient=nobody", b"a", 400, "No such user: nobody."),
+        ("silent=maybe", b"a", 400, "'silent': "),
+        ("send_at=soon", b"a", 400, "'send_at': "),
+        ("choices=one", b"a", 400, "'choices': "),
+        ("&".join(["a=b"] * 1001), b"a", 400, "more than 1000 fields"),
+        ("", b"a" * 201_000, 413, "too large"),
+    ],
+    ids=range(14),
+)
+def test_plain_text_that_does_not_fit_is_refused_and_not_cut(http, query, body, status, said):
+    headers, path = join(http, "alice"), f"/api/messages/?{query}"
+    register(http, "bob")
+    answer = post_body(http, headers, "text/plain", body, path)
+    assert answer[0] == status and said in str(answer[1])
+    assert list_messages(http, headers) == []
+
+
+def test_plain_text_is_taken_for_messages_alone(http):
+    headers, answers = join(http, "alice"), []
+    for route in factoryapp.app.routes:
+        if factoryapp.declared(route.callback).body:
+            path = f"{route.rule}?username=bob&password={PASSWORD}&name=cron&token=a&refresh=a"
+            answers.append(post_body(http, headers, "text/plain", b"a", path)[0])
+    assert sorted(answers) == [201] + [415] * 7 and count("users") == 1
+
+
+@pytest.mark.parametrize("media_type", [FORM, MULTIPART, "text/plain"])
+def test_field_that_may_be_a_list_is_one_where_a_form_or_a_query_repeats_it(http, media_type):
+    alice, path = join(http, "alice"), "/api/messages/"
+    register(http, "bob")
+    pairs = "recipient=bob&recipient=alice&silent=maybe&silent=1&choices=Yes&choices=No"
+    body = f"text=none&text=a&{pairs}".encode()
+    if media_type == "text/plain":
+        path, body = f"{path}?{pairs}", b"a"
+    elif media_type == MULTIPART:
+        parts = [
+            f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+            for name, value in parse_qsl(body.decode())
+        ]
+        body = f"{''.join(parts)}--x--\r\n".encode()
+    status, messages = post_body(http, alice, media_type, body, path)
+    assert status == 201 and [(m["recipient"], m["text"], m["choices"]) for m in messages] == [
+        (name, "a", ["Yes", "No"]) for name in ("bob", "alice")
+    ]
+
+
 def test_body_that_does_not_say_what_it_is_is_refused(http):
     headers = join(http, "alice")
     [answer] = http.ask(("POST", "/api/messages/", b'{"text":"hi"}', headers))
@@ -4714,6 +4866,221 @@ def test_guessing_the_current_password_is_throttled_too(http):
         )
 
 
+def test_api_key_is_shown_once_and_listed_without(http, clock):
+    alice, sent = join(http, "alice"), {"name": "cron", "expires_at": "2027-01-15T12:00:00+03:00"}
+    made = http.post_json("/api/users/keys/", sent, headers=alice, status=201).json
+    listed = {
+        "id": 1,
+        "name": "cron",
+        "created_at": "2027-01-15T08:00:00.000000Z",
+        "expires_at": "2027-01-15T09:00:00.000000Z",
+        "last_used_on": None,
+    }
+    assert re.fullmatch(r"fa_[\w-]{43}", made.pop("key"), re.ASCII)
+    assert made == listed and list_keys(http, alice) == [listed]
+
+
+@alone_and_crowded
+def test_api_key_does_what_an_access_token_does(http):
+    alice = join(http, "alice")
+    cron = make_key(http, alice)
+    for method, path, sent, status in (
+        ("POST", "/api/messages/", {"text": "hi"}, 201),
+        ("GET", "/api/messages/", {}, 200),
+        ("GET", "/api/messages/1/", {}, 200),
+        ("DELETE", "/api/messages/1/", {}, 409),
+        ("GET", "/api/users/", {}, 200),
+        ("GET", "/api/users/me/", {}, 200),
+        ("GET", "/api/users/keys/", {}, 200),
+        ("POST", "/api/users/register/", {"username": "bob", "password": PASSWORD}, 201),
+    ):
+        body = json.dumps(sent).encode()
+        http.request(path, method=method, headers=cron, body=body, content_type=JSON, status=status)
+    assert list_messages(http, alice)[0]["sender"] == "alice"
+
+
+@pytest.mark.parametrize(
+    "method, path, sent",
+    [
+        ("POST", "/api/users/keys/", {"name": "another"}),
+        ("DELETE", "/api/users/keys/1/", {}),
+        ("DELETE", "/api/users/keys/9/", {}),
+        ("GET", "/api/users/get-telegram-token/", {}),
+        ("POST", "/api/users/unlink-telegram/", {}),
+        (
+            "POST",
+            "/api/users/set-password/",
+            {"current_password": PASSWORD, "new_password": "An0ther-pass"},
+        ),
+        ("POST", "/api/users/set-password/", {}),
+    ],
+)
+def test_api_key_cannot_do_what_takes_a_login(http, telegram, bot_api, linked, method, path, sent):
+    cron, body = make_key(http, linked), json.dumps(sent).encode()
+    before = "\n".join(factoryapp.connection().iterdump())
+    for status, headers in ((403, cron), (401, {"Authorization": "Bearer fa_x"})):
+        refused = http.request(
+            path, method=method, headers=headers, body=body, content_type=JSON, status=status
+        )
+        said = {"detail": "An API key cannot do this: log in."}
+        assert (refused.json == said) == (status == 403)
+    assert "\n".join(factoryapp.connection().iterdump()) == before
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "fa_",
+        "fa_wrong",
+        "fa_" + "a" * 43,
+        "{}a",
+        "{}=",
+        "fa_{}",
+        "fa_я",
+        "fa_\xff\x80",
+        "fa_" + "a" * 9000,
+        "FA_" + "a" * 43,
+        "%66a_" + "a" * 43,
+    ],
+    ids=ascii,
+)
+def test_wrong_api_key_is_answered_as_a_wrong_token(http, key):
+    good = make_key(http, join(http, "alice"))["Authorization"].split()[1]
+    key, answers = key.format(good).encode(), []
+    for token in (b"junk", key, key):
+        line = b"Authorization: Bearer %b\r\n\r\n" % token
+        answer = talk(http, b"GET /api/users/ HTTP/1.0\r\n" + line)
+        answers.append(re.sub(rb"Date: .*", b"", answer))
+    assert b'"code":"token_not_valid"' in answers[0] and statuses(answers[0]) == [401]
+    assert answers == [answers[0]] * 3
+
+
+@pytest.mark.parametrize("header", ["Bearer {} x", "Bearer", "Token {}", "{}", "Basic {}"])
+def test_header_around_an_api_key_is_read_as_around_a_token(http, header):
+    alice = join(http, "alice")
+    answers = [
+        http.get("/api/users/", headers={"Authorization": header.format(credential)}, status=401)
+        for credential in (
+            alice["Authorization"].split()[1],
+            make_key(http, alice)["Authorization"].split()[1],
+        )
+    ]
+    assert answers[0].json == answers[1].json
+
+
+def delete_key(http, alice, clock):
+    http.delete("/api/users/keys/1/", headers=alice, status=204)
+
+
+def let_it_expire(http, alice, clock):
+    clock.move(0.5)
+
+
+def change_password(http, alice, clock):
+    sent = {"current_password": PASSWORD, "new_password": "An0ther-pass"}
+    http.post_json("/api/users/set-password/", sent, headers=alice, status=204)
+
+
+@pytest.mark.parametrize(
+    "end, is_other_alive", [(delete_key, True), (let_it_expire, True), (change_password, False)]
+)
+def test_api_key_that_has_ended_is_answered_as_a_wrong_one(http, clock, end, is_other_alive):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    clock.move(0.5)
+    cron = make_key(http, alice, expires_at=factoryapp.iso(clock.seconds + 0.5))
+    other, of_bob = make_key(http, alice, expires_at="9999-12-31T23:59:59Z"), make_key(http, bob)
+    wrong = http.get("/api/users/", headers={"Authorization": "Bearer fa_x"}, status=401).json
+    http.get("/api/users/", headers=cron)
+    end(http, alice, clock)
+    assert http.get("/api/users/", headers=cron, status=401).json == wrong
+    http.get("/api/users/", headers=other, status=200 if is_other_alive else 401)
+    http.get("/api/users/", headers=of_bob)
+
+
+def test_password_that_is_not_changed_ends_no_key(http):
+    alice = join(http, "alice")
+    cron = make_key(http, alice)
+    sent = {"current_password": "wrong", "new_password": "An0ther-pass"}
+    http.post_json("/api/users/set-password/", sent, headers=alice, status=400)
+    http.get("/api/users/", headers=cron)
+
+
+def test_api_key_is_seen_and_deleted_by_its_owner_alone(http):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    cron = make_key(http, alice)
+    for key_id in ("1", "2", "0", "01x", "9" * 18, "9" * 19, "-1"):
+        http.delete(f"/api/users/keys/{key_id}/", headers=bob, status=404)
+    assert list_keys(http, bob) == [] and len(list_keys(http, cron)) == 1
+    http.delete("/api/users/keys/1/", headers=alice, status=204)
+    http.delete("/api/users/keys/1/", headers=alice, status=404)
+    assert make_key(http, alice) != cron and list_keys(http, alice)[0]["id"] == 2
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("name", None),
+        ("name", ""),
+        ("name", " \n"),
+        ("name", "x" * 101),
+        ("name", "a\0"),
+        ("name", ["a"]),
+        ("expires_at", None),
+        ("expires_at", ""),
+        ("expires_at", "never"),
+        ("expires_at", 1_900_000_000),
+        ("expires_at", ["2099-01-01T00:00:00Z"]),
+        ("expires_at", "2099-01-01T00:00:00"),
+        ("expires_at", "2099-01-01"),
+        ("expires_at", "2027-01-15T07:59:59.999999Z"),
+        ("expires_at", "2027-01-15T10:59:59+03:00"),
+        ("expires_at", "0001-01-01T00:00:00+23:59"),
+        ("expires_at", "9999-12-31T23:59:59-00:01"),
+        ("expires_at", "10000-01-01T00:00:00Z"),
+    ],
+)
+def test_api_key_of_a_senseless_name_or_end_is_refused(http, clock, field, value):
+    headers, sent = join(http, "alice"), {"name": "cron", field: value}
+    refused = http.post_json("/api/users/keys/", sent, headers=headers, status=400).json
+    assert list(refused) == [field] and count("api_keys") == 0
+
+
+@pytest.mark.parametrize(
+    "body, name, expires_at",
+    [
+        (b"name=cron", "cron", None),
+        (b"name=cron&expires_at=", "cron", None),
+        (b"name=cron&expires_at=2099-01-01T03:00:00+03:00", "cron", "2099-01-01T00:00:00.000000Z"),
+        (
+            b'{"name": "cron", "expires_at": "9999-12-31t23:59z"}',
+            "cron",
+            "9999-12-31T23:59:00.000000Z",
+        ),
+        (b'{"name": 5}', "5", None),
+        (b"name=" + "я".encode() * 100, "я" * 100, None),
+    ],
+)
+def test_api_key_takes_any_name_and_any_end_to_come(http, clock, body, name, expires_at):
+    alice = join(http, "alice")
+    status, made = post_body(http, alice, FORM, body, "/api/users/keys/")
+    assert (status, made["name"], made["expires_at"]) == (201, name, expires_at)
+    http.get("/api/users/", headers={"Authorization": f"Bearer {made['key']}"})
+
+
+def test_account_has_fifty_api_keys_at_most(http):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    for _ in range(48):
+        make_key(http, alice)
+    make, body = ("POST", "/api/users/keys/"), json.dumps({"name": "cron"})
+    answers = http.ask(*[(*make, body, {**alice, "Content-Type": JSON})] * 5)
+    assert sorted(answer.status for answer in answers) == [201, 201, 400, 400, 400]
+    refused = http.post_json("/api/users/keys/", {"name": "cron"}, headers=alice, status=400)
+    assert refused.json == {"detail": "There are 50 keys already: delete one first."}
+    make_key(http, bob)
+    delete_key(http, alice, None)
+    make_key(http, alice)
+
+
 def test_account_shows_whether_a_chat_is_linked(http, telegram, bot_api):
     headers = join(http, "alice")
     assert http.get("/api/users/me/", headers=headers).json == {
@@ -4951,6 +5318,126 @@ def test_senseless_idempotency_key_is_refused(http, key):
     headers = {**join(http, "alice"), "Idempotency-Key": key}
     refused = http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=400)
     assert list(refused.json) == ["Idempotency-Key"]
+
+
+@pytest.mark.parametrize(
+    "recipient, names",
+    [
+        (["bob", "alice"], ["bob", "alice"]),
+        (["alice", "carol", "bob"], ["alice", "carol", "bob"]),
+        (["bob"], ["bob"]),
+        (["carol", " bob ", "ｂｏｂ", "carol", "bob"], ["carol", "bob"]),
+        ([f"user{n}" for n in range(20)], [f"user{n}" for n in range(20)]),
+        (["user1"] * 30 + ["bob"], ["user1", "bob"]),
+        ([5], ["5"]),
+    ],
+    ids=range(7),
+)
+def test_message_to_several_is_one_to_each_in_their_order(http, recipient, names):
+    alice = join(http, "alice")
+    for name in ("bob", "carol", "5", *(f"user{n}" for n in range(20))):
+        factoryapp.add_user(factoryapp.connection(), name, "a hash")
+    sent = post(http, alice, "hi", recipient=recipient)
+    assert [(m["id"], m["recipient"], m["text"]) for m in sent] == [
+        (n, name, "hi") for n, name in enumerate(names, 1)
+    ]
+    assert list_messages(http, alice) == sent
+
+
+@pytest.mark.parametrize(
+    "recipient, sentence",
+    [
+        (["bob", "nobody", "alice", "no one"], "No such user: nobody, no one."),
+        (["nobody"], "No such user: nobody."),
+        (["bob"] + [f"user{n}" for n in range(20)], "Give 1 to 20 different items."),
+        ([], "Give 1 to 20 different items."),
+        (["bob", None], "Not a valid string."),
+        (["bob", ["alice"]], "Not a valid string."),
+        (["bob", True], "Not a valid string."),
+        ({"bob": 1}, "Not a valid string."),
+        (["bob", " "], "This field may not be blank."),
+        (["bob", "a\0"], "Null characters are not allowed."),
+        (["bob", "\ud800"], "Surrogate characters are not allowed: U+D800."),
+    ],
+    ids=range(11),
+)
+def test_message_to_several_of_whom_one_is_wrong_goes_to_nobody(http, recipient, sentence):
+    headers, sent = join(http, "alice"), {"text": "hi", "recipient": recipient}
+    join(http, "bob")
+    refused = http.post_json("/api/messages/", sent, headers=headers, status=400).json
+    assert refused == {"recipient": [sentence]} and list_messages(http, headers) == []
+
+
+def test_message_to_several_that_fails_half_way_goes_to_nobody(http, monkeypatch):
+    headers, relay = join(http, "alice"), iter([factoryapp.relay])
+    register(http, "bob")
+    monkeypatch.setattr(factoryapp, "relay", lambda *args: next(relay)(*args))
+    sent = {"text": "hi", "recipient": ["bob", "alice"]}
+    http.post_json("/api/messages/", sent, headers=headers, status=500)
+    assert list_messages(http, headers) == []
+
+
+def test_copies_of_a_message_to_several_reach_their_chats(http, telegram, bot_api, clock, pair):
+    register(http, "carol")
+    sent = post(http, pair[0], "hi", recipient=["bob", "carol", "alice"])
+    assert [m["delivery"] for m in sent] == ["queued", "unlinked", "queued"]
+    for _ in range(4):
+        deliver_all(telegram)
+        clock.move(1)
+    assert bot_api.texts(8) == ["Сообщение от alice:\n\nhi"]
+    assert bot_api.texts(7) == [
+        "alice, я получил от тебя сообщение для bob:\n\nhi",
+        "alice, я получил от тебя сообщение для carol:\n\nhi",
+        "alice, я получил от тебя сообщение:\n\nhi",
+    ]
+
+
+@pytest.mark.parametrize("recipient", [["bob", "alice"], ["bob"], "bob"])
+def test_message_to_several_is_replayed_whole_whatever_became_of_it(http, clock, pair, recipient):
+    alice = {**log_in(http, "alice"), "Idempotency-Key": "a-key"}
+    sent = {"text": "hi", "recipient": recipient}
+    first = http.post_json("/api/messages/", sent, headers=alice, status=201)
+    stored = len(list_messages(http, alice))
+    assert cancel(http, alice, stored) == 200
+    again = http.post_json("/api/messages/", sent, headers=alice, status=201)
+    assert again.json == first.json and again.headers["Idempotency-Replayed"] == "true"
+    for other in (["alice", "bob"], ["alice"], "alice", ["bob", "carol"]):
+        http.post_json("/api/messages/", {**sent, "recipient": other}, headers=alice, status=422)
+    assert len(list_messages(http, alice)) == stored == len(first.json if stored > 1 else "1")
+
+
+def test_message_to_several_that_is_forgotten_is_sent_anew(http, clock, monkeypatch):
+    register(http, "bob")
+    cron = {**make_key(http, join(http, "alice")), "Idempotency-Key": "a-key"}
+    first = post(http, cron, "hi", recipient=["bob", "alice"])
+    clock.move(43_201)
+    forget(0.5, monkeypatch)
+    assert list_messages(http, cron) == []
+    again = post(http, cron, "hi", recipient=["bob", "alice"])
+    assert [m["id"] for m in again] == [m["id"] + 2 for m in first]
+
+
+@pytest.mark.parametrize(
+    "sent, fields",
+    [
+        ({"text": "hi"}, ("hi", None, None, None)),
+        ({"text": "hi", "recipient": " alice"}, ("hi", "alice", None, None)),
+        ({"text": "hi", "silent": "no"}, ("hi", None, False, None)),
+        (
+            {"text": "hi", "silent": True, "send_at": "2027-01-15T12:00:00+03:00"},
+            ("hi", None, True, 1_800_003_600.0),
+        ),
+    ],
+)
+def test_key_that_the_version_before_remembered_is_replayed(http, clock, sent, fields):
+    headers = join(http, "alice")
+    message = post(http, headers, "hi")
+    request_hash = hashlib.sha256(repr(fields).encode()).digest()
+    factoryapp.add_idempotency_key(
+        factoryapp.connection(), 1, "a-key", request_hash, 1, message["delivery"]
+    )
+    again = http.post_json("/api/messages/", sent, headers={**headers, "Idempotency-Key": "a-key"})
+    assert again.json == message and again.headers["Idempotency-Replayed"] == "true"
 
 
 @alone_and_crowded
@@ -5899,13 +6386,16 @@ def test_body_that_is_slow_to_read_is_read_in_a_lane(
         ("POST", "/api/users/unlink-telegram/", "unlink_chat"),
         ("GET", "/api/users/get-telegram-token/", "add_link_token"),
         ("GET", "/health/", "count_waiting"),
+        ("POST", "/api/messages/?recipient=alice&recipient=alice", "relay"),
     ],
 )
 def test_what_may_take_long_is_not_done_on_the_serving_thread(
     http, telegram, bot_api, linked, monkeypatch, method, path, function
 ):
-    threads = note_threads(monkeypatch, factoryapp, function)
-    http.request(path, method=method, headers=linked)
+    threads, headers = note_threads(monkeypatch, factoryapp, function), linked
+    if method == "POST":
+        headers = {**linked, "Content-Type": "text/plain"}
+    http.request(path, method=method, headers=headers, body=b"a" if method == "POST" else b"")
     assert len(threads) == 1 and threads[0] != "serving"
 
 
@@ -6574,13 +7064,15 @@ def test_account_that_is_disabled_ends_at_once_in_a_running_server(start, bot_ap
     for headers, chat_id in ((alice, 7), (bob, 8)):
         bot_api.write(chat_id, link_token(program.http, headers))
         bot_api.wait_for_texts(chat_id)
-    waiting = link_token(program.http, alice)
+    waiting, cron = link_token(program.http, alice), make_key(program.http, alice)
+    bob = make_key(program.http, bob)
     bot_api.failures[7].append(too_many_requests(600))
     message = post(program.http, bob, "text", recipient="alice")
     bot_api.wait_for(lambda: tries(bot_api, 7) == 2 and len(bot_api.texts(8)) == 2)
     assert administer(tmp_path, "--disable", "alice") == (0, "alice: disabled")
     answer = program.http.get("/api/users/me/", headers=alice, status=401)
     assert answer.json["code"] == "password_changed"
+    program.http.get("/api/users/me/", headers=cron, status=401)
     try_password(program.http, "alice", PASSWORD)
     bot_api.wait_for_texts(8, 3)
     assert bot_api.texts(8)[2] == "Не доставлено пользователю alice: 1 сообщ."
@@ -6591,6 +7083,8 @@ def test_account_that_is_disabled_ends_at_once_in_a_running_server(start, bot_ap
     assert administer(tmp_path, "--set-password", "alice") == (0, f"alice: {SET}")
     alice = log_in(program.http, "alice", NEW_PASSWORD)
     assert program.http.get("/api/users/me/", headers=alice).json["telegram"] == "none"
+    assert list_keys(program.http, alice) == []
+    assert list_keys(program.http, bob)[0]["last_used_on"]
 
 
 def test_password_that_is_set_ends_all_tokens_in_a_running_server_and_keeps_the_chat(
@@ -6600,10 +7094,12 @@ def test_password_that_is_set_ends_all_tokens_in_a_running_server_and_keeps_the_
     headers = join(program.http, "alice")
     sent = {"username": "alice", "password": PASSWORD}
     refresh = program.http.post_json("/auth/token/", sent).json["refresh"]
+    cron = make_key(program.http, headers)
     program.type(link_token(program.http, headers))
     program.wait_for("успешно привязаны")
     assert administer(tmp_path, "--set-password", "alice") == (0, f"alice: {SET}")
     program.http.get("/api/users/me/", headers=headers, status=401)
+    program.http.get("/api/users/me/", headers=cron, status=401)
     program.http.post_json("/auth/token/refresh/", {"refresh": refresh}, status=401)
     headers = log_in(program.http, "alice", NEW_PASSWORD)
     assert program.http.get("/api/users/me/", headers=headers).json["telegram"] == "linked"
@@ -6835,7 +7331,7 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
     program = start("--log-level", "debug", **env)
     headers = join(program.http, "alice")
     try_password(program.http, "alice", "wrong-" + PASSWORD)
-    token = link_token(program.http, headers)
+    token, cron = link_token(program.http, headers), make_key(program.http, headers)
     bot_api.write(7, "/start " + token)
     bot_api.wait_for_texts(7)
     failures = ["reset", b"<html>502</html>", {}, [1], BLOCKED]
@@ -6849,10 +7345,14 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
     post(program.http, headers, "text-of-a-message")
     bot_api.wait_for(lambda: len(bot_api.attempts) == 4)
     program.http.get("/api/users/", headers={"Authorization": "Bearer " + token}, status=401)
+    program.http.post("/api/users/unlink-telegram/", headers=cron, status=403)
+    program.http.delete("/api/users/keys/1/", headers=headers)
+    program.http.get("/api/users/", headers=cron, status=401)
     assert program.end()[0] == 0
     log = program.log()
     assert "failed" in log and "refused" in log
-    secrets = [PASSWORD, token, headers["Authorization"].split()[1], "text-of-a-message"]
+    secrets = [PASSWORD, token, "text-of-a-message"]
+    secrets += [signed_in["Authorization"].split()[1] for signed_in in (headers, cron)]
     for secret in [BOT_TOKEN, BOT_TOKEN.split(":")[1], *secrets]:
         assert secret not in log
 
