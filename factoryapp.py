@@ -1060,8 +1060,8 @@ def set_keys_used(db, key_ids):
     """Note that these were used today."""
     db.run(
         """
-        UPDATE api_keys SET last_used_on = ?1
-        WHERE id IN (SELECT value FROM json_each(?2)) AND last_used_on IS NOT ?1
+        UPDATE api_keys SET last_used_on = ?
+        WHERE id IN (SELECT value FROM json_each(?))
         """,
         iso(now())[:10],
         json.dumps(key_ids),
