@@ -5406,6 +5406,15 @@ def test_message_to_several_is_replayed_whole_whatever_became_of_it(http, clock,
     assert len(list_messages(http, alice)) == stored == len(first.json if stored > 1 else "1")
 
 
+def test_message_to_several_that_is_posted_at_once_with_one_key_is_stored_once(http):
+    headers = {**join(http, "alice"), "Idempotency-Key": "a-key", "Content-Type": JSON}
+    register(http, "bob")
+    body = json.dumps({"text": "hi", "recipient": ["bob", "alice"]})
+    answers = http.ask(*[("POST", "/api/messages/", body, headers)] * 5)
+    assert {answer.status for answer in answers} == {201}
+    assert [m["id"] for m in list_messages(http, headers)] == [1, 2]
+
+
 def test_message_to_several_that_is_forgotten_is_sent_anew(http, clock, monkeypatch):
     register(http, "bob")
     cron = {**make_key(http, join(http, "alice")), "Idempotency-Key": "a-key"}
