@@ -6344,7 +6344,7 @@ def test_no_route_hashes_on_the_serving_thread(http, monkeypatch):
     for n, route in enumerate(factoryapp.app.routes):
         name = f"user{n}"
         register(http, name)
-        sent = {"username": name, "password": PASSWORD, "text": "a", "recipient": "alice"}
+        sent = {"username": name, "password": PASSWORD, "text": "a", "name": "cron"}
         tokens = http.post_json("/auth/token/", sent).json
         sent.update(token=tokens["access"], refresh=tokens["refresh"], name="night report")
         sent.update(current_password=PASSWORD, new_password="An0ther-pass")
