@@ -1568,7 +1568,7 @@ def find_head(db, bot_id, chat_id):
             (SELECT min(telegram_message_id) FROM relayed JOIN messages AS m
                 ON relayed.message_id = m.reply_to
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
-                AND relayed.chat_id = outbox.chat_id AND send_at >= 0) AS replied_id
+                AND relayed.chat_id = outbox.chat_id AND outbox.send_at >= 0) AS replied_id
         FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         ORDER BY send_at, id LIMIT 1
         """,
