@@ -1607,8 +1607,8 @@ SETTLE_SENT = (
     """,
     """
     INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
-    SELECT :bot_id, :chat_id, :telegram_message_id, :message_id
-    WHERE :message_id IS NOT NULL AND :telegram_message_id IS NOT NULL
+    SELECT :bot_id, :chat_id, :telegram_message_id, id FROM messages
+    WHERE id = :message_id AND :telegram_message_id IS NOT NULL
     """,
 )
 
