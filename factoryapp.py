@@ -1330,7 +1330,7 @@ def find_choice(db, user_id, message_id, n):
         """
         SELECT users.id, username, json_extract(choices, '$[' || ? || ']') AS text
         FROM messages JOIN users ON users.id = sender_id
-        WHERE messages.id = ? AND recipient_id = ? AND NOT was_chosen
+        WHERE messages.id = ? AND recipient_id = ? AND NOT was_chosen AND delivery <> 'cancelled'
         """,
         n,
         message_id,
