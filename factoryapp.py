@@ -2394,7 +2394,7 @@ def receive_or_skip(bot_id, update):
     """Receive an update; one that fails time and again is skipped.
 
     Unless it is the database that fails: then the error is raised. What to tell who pressed a
-    button, or None.
+    button: of one that is skipped, that it did nothing.
     """
     for attempt in range(1, UPDATE_TRIES + 1):
         try:
@@ -2412,7 +2412,7 @@ def receive_or_skip(bot_id, update):
         log.error(f"update {update_id} is skipped")
         with transaction() as db:
             set_offset(db, bot_id, update_id + 1)
-    return None
+    return TOO_LATE
 
 
 class TelegramError(Exception):
