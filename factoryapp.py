@@ -2735,8 +2735,9 @@ class Terminal(Home):
 
     def hear(self, text, stop):
         """Take in one typed line, however long the database may be away."""
-        numbered = re.fullmatch("#([0-9]{1,18}) (.*)", text)
-        message = int(numbered[1]) if numbered else {}
+        numbered = re.fullmatch("#0*([0-9]+) +(.*)", text)
+        # No id is as long as what is cut.
+        message = int(numbered[1][:18]) if numbered else {}
         while text.strip() and not stop.is_set():
             try:
                 with transaction() as db:
