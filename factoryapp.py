@@ -2618,15 +2618,21 @@ class Telegram(Home):
         )
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
+        is_reached = True
         for update in updates:
             said = receive_or_skip(self.id, update)
-            if query := pick(update, "callback_query", dict):
-                self.answer_press(query, said)
+            query = pick(update, "callback_query", dict)
+            if query and is_reached:
+                is_reached = self.answer_press(query, said)
         is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
 
     def answer_press(self, query, said):
-        """Tell who pressed a button that it was noticed; the buttons go, unless it was too late."""
+        """Tell who pressed a button that it was noticed; the buttons go, unless it was too late.
+
+        False when Telegram cannot be reached: the next ones may hang as well.
+        """
+        is_reached = True
         message = pick(query, "message", dict)
         chat_id = pick(pick(message, "chat", dict), "id", int)
         calls = [(apihelper.answer_callback_query, pick(query, "id", str), said)]
@@ -2637,7 +2643,9 @@ class Telegram(Home):
             try:
                 call(self.token, *arguments)
             except TelegramError as error:
+                is_reached = error.code is not None
                 log.info(f"a pressed button was not answered: {error}")
+        return is_reached
 
     def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
