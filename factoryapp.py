@@ -3646,9 +3646,10 @@ class Several:
             if self.least == 1:
                 return self.item.read(value)
             raise Refused("Expected a list of items.")
-        texts = list(dict.fromkeys(map(self.item.read, value)))
+        # No more than these: there may be 100,000, and each takes its time.
+        texts = list(dict.fromkeys(map(self.item.read, value[: self.most])))
         is_repeated = self.least > 1 and len(texts) < len(value)
-        if is_repeated or not self.least <= len(texts) <= self.most:
+        if is_repeated or len(value) > self.most or len(texts) < self.least:
             raise Refused(f"Give {self.least} to {self.most} different items.")
         return texts
 
