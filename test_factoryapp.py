@@ -185,6 +185,24 @@ def test_whole_journey_in_telegram(start, bot_api, tmp_path):
     check_database(tmp_path / "factoryapp.db")
 
 
+def test_program_asks_a_person_and_goes_on_with_the_answer(start, bot_api, tmp_path):
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
+    script, bob = (join(program.http, name) for name in ("script", "bob"))
+    bot_api.write(8, link_token(program.http, bob))
+    bot_api.wait_for_texts(8, 1)
+    question = post(program.http, script, "Стоп?", recipient="bob", choices=["Да", "Нет"])
+    bot_api.wait_for(lambda: bot_api.keyboards)
+    waiting = HTTPConnection(*program.address, timeout=60)
+    waiting.request("GET", f"/api/messages/?reply_to={question['id']}&wait=50", headers=script)
+    pressed = bot_api.press(8, 2, 1)
+    [answer] = json.loads(waiting.getresponse().read())
+    waiting.close()
+    assert (answer["sender"], answer["text"]) == ("bob", "Нет")
+    bot_api.wait_for(lambda: bot_api.answers == [(pressed, None)] and not bot_api.keyboards)
+    assert program.end()[0] == 0
+    check_database(tmp_path / "factoryapp.db")
+
+
 # --- What the rooms' tests share ------------------------------------------------------------------
 
 RETRY_AFTER_9 = {
@@ -202,6 +220,10 @@ ANOTHER_POLLS = {
     "description": "Conflict: terminated by other getUpdates request",
 }
 EMPTY = {"error_code": 400, "description": "Bad Request: message text is empty"}
+NO_QUERY = {"error_code": 400, "description": "Bad Request: query is too old or its ID is invalid"}
+NOT_MODIFIED = {"error_code": 400, "description": "Bad Request: message is not modified"}
+NO_REPLIED = {"error_code": 400, "description": "Bad Request: message to be replied not found"}
+BAD_BUTTON = {"error_code": 400, "description": "Bad Request: BUTTON_DATA_INVALID"}
 NO_THREAD = {"error_code": 400, "description": "Bad Request: message thread not found"}
 WEBHOOK_IS_ACTIVE = {
     "error_code": 409,
@@ -390,6 +412,33 @@ def say(telegram, bot_api, chat_id, text=None, **content):
 
 def link_chat(http, telegram, bot_api, headers, chat_id):
     assert "успешно привязаны" in say(telegram, bot_api, chat_id, link_token(http, headers))[-1]
+
+
+def press(telegram, bot_api, chat_id, message_id, n=0, **fields):
+    """Press a button, let the bot take that in; what it says to that."""
+    pressed = bot_api.press(chat_id, message_id, n, **fields)
+    telegram.poll()
+    deliver_all(telegram)
+    return [said for query, said in bot_api.answers if query == pressed]
+
+
+def ask(http, telegram, headers, recipient="bob", text="Стоп?", **fields):
+    """Post a question and have it sent; its id."""
+    fields = {"choices": ["Да", "Нет"], **fields}
+    question = post(http, headers, text, recipient=recipient, **fields)
+    deliver_all(telegram)
+    return question["id"]
+
+
+def copies(bot_api, chat_id, text):
+    """The ids of the Telegram messages in a chat that have this text in them."""
+    return [n for n, (chat, said) in enumerate(bot_api.sent, 1) if chat == chat_id and text in said]
+
+
+def links(http, headers):
+    """(sender, recipient, text, reply_to) of all messages of a user."""
+    fields = "sender", "recipient", "text", "reply_to"
+    return [tuple(m[name] for name in fields) for m in list_messages(http, headers)]
 
 
 @pytest.fixture
@@ -1178,6 +1227,18 @@ def test_ladder_keeps_why_a_message_failed_and_when_it_was_to_be_sent(version_1)
     assert ids[0] == 3  # and none of these is used again
 
 
+def test_ladder_ends_with_the_messages_of_a_fresh_database(version_1, tmp_path, monkeypatch):
+    factoryapp.open_store()
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "fresh.db"))
+    factoryapp.open_store()
+    tables = []
+    for path in (version_1, tmp_path / "fresh.db"):
+        with closing(sqlite3.connect(path)) as db:
+            about = "table_info(messages)", "foreign_key_list(messages)", "index_list(messages)"
+            tables.append([set(db.execute(f"PRAGMA {what}").fetchall()) for what in about])
+    assert tables[0] == tables[1]
+
+
 @pytest.fixture
 def version_2(version_1):
     """A database of version 2 in which nothing is queued yet; Alice and Bob have chats."""
@@ -1389,6 +1450,36 @@ def test_old_messages_go_unless_they_are_queued_and_take_along_what_stands_on_th
     for table in ("relayed", "idempotency_keys", "outbox"):
         assert factoryapp.connection().execute(stand.format(table)).fetchall() == []
     check_database(factoryapp.settings.db)
+
+
+def test_answers_outlive_the_question_that_was_forgotten(
+    http, telegram, bot_api, clock, monkeypatch, pair
+):
+    ask(http, telegram, pair[0])
+    [question] = copies(bot_api, 8, "Стоп?")
+    clock.move(86_400 + 1)
+    alice, bob = log_in(http, "alice"), log_in(http, "bob")
+    press(telegram, bot_api, 8, question)
+    assert links(http, alice)[1:] == [("bob", "alice", "Да", 1)]
+    forget(1, monkeypatch)
+    assert press(telegram, bot_api, 8, question, 1) == [factoryapp.TOO_LATE]
+    say(telegram, bot_api, 8, "ответ", reply_to=question)
+    assert links(http, bob) == [("bob", "alice", "Да", None), ("bob", "alice", "ответ", None)]
+
+
+def test_message_that_is_forgotten_while_it_is_in_flight_holds_up_nothing(
+    http, telegram, bot_api, clock, monkeypatch, pair
+):
+    bot_api.failures[7].append(too_many_requests(2 * 86_400))
+    bot_api.failures[8].append(too_many_requests(4 * 86_400))
+    post(http, pair[0], "old", recipient="bob")
+    deliver_all(telegram)
+    clock.move(2 * 86_400)
+    alice = log_in(http, "alice")
+    during_send(bot_api, 7, lambda: (cancel(http, alice), forget(1, monkeypatch)))
+    monkeypatch.setattr(factoryapp.log, "exception", pytest.fail)
+    deliver_all(telegram)
+    assert list_messages(http, alice) == [] and len(bot_api.texts(7)) == 1
 
 
 def test_id_of_a_message_is_never_used_twice(http, clock, monkeypatch):
@@ -1787,6 +1878,53 @@ def test_nothing_comes_between_the_parts_of_a_text(http, telegram, bot_api, cloc
     post(http, headers, "кратко")
     deliver_all(telegram)
     assert [text.split()[-1] for text in bot_api.texts(7)] == ["длинно"] * 3 + ["кратко"]
+
+
+@pytest.mark.parametrize("send_at", [None, "2027-01-15T08:00:09Z"])
+def test_first_part_of_an_answer_appears_as_a_reply_where_the_bot_knows_to_what(
+    http, telegram, bot_api, clock, pair, send_at
+):
+    alice, bob = pair
+    link_chat(http, telegram, bot_api, join(http, "carol"), 9)
+    post(http, alice, "вопрос " * 1000, recipient="bob")
+    deliver_all(telegram)
+    later = {"send_at": send_at} if send_at else {}
+    post(http, bob, "ответ " * 1000, reply_to=1, **later)
+    post(http, bob, "третьим", reply_to=1, recipient="carol", **later)
+    for _ in range(15):
+        clock.move(1)
+        deliver_all(telegram)
+    asked, answered = (
+        [copies(bot_api, n, text)[0] for n in (7, 8)] for text in ("вопрос", "ответ")
+    )
+    [passed_on] = copies(bot_api, 8, "третьим")
+    assert len(copies(bot_api, 9, "третьим")) == len(copies(bot_api, 7, "bob (2/2)")) == 1
+    assert bot_api.replied == {**dict(zip(answered, asked, strict=True)), passed_on: asked[1]}
+
+
+def test_answer_to_what_was_deleted_in_telegram_is_sent_all_the_same(
+    http, telegram, bot_api, linked
+):
+    post(http, linked, "вопрос")
+    deliver_all(telegram)
+    bot_api.deleted.add(len(bot_api.sent))
+    post(http, linked, "ответ", reply_to=1)
+    deliver_all(telegram)
+    assert bot_api.texts(7)[1:] == [own_copy("ответ")] and bot_api.replied == {}
+
+
+@pytest.mark.parametrize("recipient", ["bob", "alice"])
+def test_buttons_are_below_the_last_part_of_the_recipients_copy_alone(
+    http, telegram, bot_api, clock, pair, recipient
+):
+    factoryapp.connection().execute("UPDATE sqlite_sequence SET seq = 99999999999999999")
+    choices = [letter * 64 for letter in "яжфцшщыю"]
+    ask(http, telegram, pair[0], recipient, "слово " * 1000, choices=choices)
+    clock.move(1)
+    deliver_all(telegram)
+    last = copies(bot_api, 8 if recipient == "bob" else 7, "(2/2)")
+    assert list(bot_api.keyboards) == last
+    assert [button["text"] for button in bot_api.keyboards[last[0]]] == choices
 
 
 @alone_and_crowded
@@ -2563,6 +2701,60 @@ def test_terminal_gets_no_control_characters_but_tabs_and_line_ends(capsys):
     assert capsys.readouterr().out == "a\tb\nc" + "\ufffd" * len(controls) + "\n\n"
 
 
+@pytest.fixture
+def terminal(http, clock, capsys):
+    """Alice has typed her token; what is printed after a typed line."""
+    stop = threading.Event()
+
+    def terminal(line=""):
+        capsys.readouterr()
+        factoryapp.running.home.hear(line, stop)
+        deliver_all(factoryapp.running.home)
+        return capsys.readouterr().out
+
+    return terminal
+
+
+def test_line_with_the_number_of_a_message_answers_it(http, terminal):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    terminal(link_token(http, alice))
+    post(http, bob, "слово " * 1000, recipient="alice", choices=["Да", "Н\x1bет"])
+    [first, later] = terminal().split("слово \n\n")
+    assert first.startswith("#1\nСообщение от bob:\n\n") and "[Да]" not in first
+    assert later.startswith("#1\nbob (2/2):\n\n") and later.endswith("\n[Да]\n[Н\ufffdет]\n\n")
+    assert terminal("#1 Да").startswith("#2\nalice, я получил от тебя сообщение для bob:\n\nДа")
+    for line in ("#01   Да", "#2 Да ", "#1  ", "#1", " #1 Да", "#1\tДа", "#x Да", "#-1 Да", "#1Да"):
+        terminal(line)
+    assert links(http, alice)[1:] == [
+        ("alice", "bob", "Да", 1),
+        ("alice", "bob", "Да", 1),
+        ("alice", "bob", "Да ", 2),
+        *(("alice", "alice", text, None) for text in ("#1", " #1 Да", "#1\tДа", "#x Да")),
+        *(("alice", "alice", text, None) for text in ("#-1 Да", "#1Да")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "number", ["2", "3", "0", "0" * 17 + "10", "9" * 18, "1" + "0" * 18, "9" * 5000]
+)
+def test_line_with_a_number_that_is_not_theirs_is_not_stored(http, terminal, number):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    assert factoryapp.NOT_LINKED in terminal(f"#{number} Да")
+    terminal(link_token(http, alice))
+    post(http, alice, "her own")
+    post(http, bob, "not hers")
+    terminal()
+    assert terminal(f"#{number} Да") == factoryapp.NO_SUCH_NUMBER + "\n\n"
+    assert links(http, alice) == [("alice", "alice", "her own", None)]
+
+
+def test_command_or_token_behind_a_number_is_one_as_in_a_reply_in_telegram(http, terminal):
+    token = link_token(http, join(http, "alice"))
+    assert "успешно привязаны" in terminal(f"#1 {token}")
+    assert terminal("#1 /help") == factoryapp.HELP + factoryapp.ANSWER_BY_NUMBER + "\n\n"
+    assert "Чат отвязан" in terminal("#1 /stop")
+
+
 def test_menu_shows_the_commands(telegram, bot_api):
     assert bot_api.commands == ["start", "stop", "help"]
 
@@ -2595,6 +2787,166 @@ def test_text_to_the_bot_is_a_message_and_a_reply_goes_to_the_author(http, teleg
         ("alice", "ответ", "telegram"),
         ("bob", "себе", "telegram"),
     ]
+
+
+def test_reply_to_anything_that_the_bot_repeated_is_linked(http, telegram, bot_api, pair):
+    alice, bob = pair
+    post(http, alice, "слово " * 1000, recipient="bob")
+    post(http, alice, "заметка")
+    deliver_all(telegram)
+    own, own_later = (copies(bot_api, 7, text)[0] for text in ("для bob", "(2/2)"))
+    for chat_id, message_id in (
+        (8, copies(bot_api, 8, "от alice")[0]),
+        (8, copies(bot_api, 8, "(2/2)")[0]),
+        (7, own),
+        (7, own_later),
+        (7, copies(bot_api, 7, "заметка")[0]),
+    ):
+        say(telegram, bot_api, chat_id, "ответ", reply_to=message_id)
+    say(telegram, bot_api, 7, "и снова", reply_to=len(bot_api.sent))  # the copy of an answer
+    assert links(http, alice)[2:] == [
+        ("bob", "alice", "ответ", 1),
+        ("bob", "alice", "ответ", 1),
+        ("alice", "bob", "ответ", 1),
+        ("alice", "bob", "ответ", 1),
+        ("alice", "alice", "ответ", 2),
+        ("alice", "alice", "и снова", 7),
+    ]
+
+
+def test_reply_in_a_chat_that_was_anothers_goes_to_the_author_and_is_linked_to_nothing(
+    http, telegram, bot_api, pair
+):
+    question, carol = ask(http, telegram, pair[0]), join(http, "carol")
+    [asked] = copies(bot_api, 8, "Стоп?")
+    say(telegram, bot_api, 8, "/stop")
+    link_chat(http, telegram, bot_api, carol, 8)
+    say(telegram, bot_api, 8, "ответ", reply_to=asked)
+    assert press(telegram, bot_api, 8, asked) == [factoryapp.TOO_LATE]
+    assert links(http, carol) == [("carol", "alice", "ответ", None)] and question == 1
+
+
+def test_press_is_an_answer_once_and_then_the_buttons_go(http, telegram, bot_api, pair):
+    alice, bob = pair
+    ask(http, telegram, alice)
+    [asked] = copies(bot_api, 8, "Стоп?")
+    say(telegram, bot_api, 8, "сейчас", reply_to=asked)  # typing ends nothing
+    assert press(telegram, bot_api, 8, asked, id="5") == [None] and bot_api.keyboards == {}
+    assert press(telegram, bot_api, 8, asked, id="5") == [None, factoryapp.TOO_LATE]
+    assert press(telegram, bot_api, 8, asked, 1) == [factoryapp.TOO_LATE]
+    assert links(http, alice)[1:] == links(http, bob)[1:]
+    assert links(http, bob)[1:] == [("bob", "alice", "сейчас", 1), ("bob", "alice", "Да", 1)]
+    assert list_messages(http, bob)[-1]["source"] == "telegram"
+    assert bot_api.texts(7)[-1] == "Сообщение от bob:\n\nДа"
+
+
+def test_question_to_oneself_is_answered_to_oneself(http, telegram, bot_api, linked):
+    ask(http, telegram, linked, "alice")
+    assert press(telegram, bot_api, 7, 1, 1) == [None]
+    assert links(http, linked)[1:] == [("alice", "alice", "Нет", 1)]
+
+
+LATE = [
+    {"data": data}
+    for data in "1:2 1:9 2:0 3:0 4:0 0:0 -1:0 01:00 1 1: :1 x 1:0:0 1:-1 1:٠ １:0".split()
+] + [
+    {"data": "9" * 18 + ":0"},
+    {"data": "9" * 60 + ":0"},
+    {"data": ""},
+    {"data": "1:0\n"},
+    {"data": "\ud800\0"},
+    {"data": None},
+    {"data": 5},
+    {"data": ["1:0"]},
+    {"game_short_name": "x", "data": None},
+    {"message": None},
+    {"message": None, "inline_message_id": "x"},
+    {"message": 5},
+    {"message": {}},
+    {"message": {"chat": {"id": 9}, "message_id": 2}},
+    {"message": {"chat": {"id": 7}, "message_id": 1}},
+    {"message": {"chat": {"id": -8, "type": "group"}, "message_id": 2}},
+    {"message": {"chat": {"id": 2**70}, "message_id": 2}},
+    {"message": {"chat": {"id": "8"}, "message_id": 2}},
+]
+
+
+def test_press_of_what_waits_for_no_answer_of_theirs_says_so_alone(
+    http, telegram, bot_api, pair, caplog
+):
+    alice, bob = pair
+    ask(http, telegram, alice)
+    post(http, alice, "no question", recipient="bob")  # 2
+    ask(http, telegram, alice, "alice", "Чужой?")  # 3
+    later = factoryapp.iso(factoryapp.now() + 3600)
+    ask(http, telegram, alice, text="Отменён?", send_at=later)  # 4
+    cancel(http, alice, 4)
+    [asked], before = copies(bot_api, 8, "Стоп?"), links(http, bob)
+    for fields in LATE:
+        assert press(telegram, bot_api, 8, asked, **fields) == [factoryapp.TOO_LATE], fields
+    assert links(http, bob) == before and len(bot_api.keyboards) == 2 and caplog.text == ""
+    # What Telegram knows no more of such a message, and what there will be next year.
+    inaccessible = {"message_id": asked, "date": 0, "chat": {"id": 8}, "of_2027": [{}]}
+    assert press(telegram, bot_api, 8, asked, message=inaccessible, of_2027={}) == [None]
+
+
+@pytest.mark.parametrize(
+    "method, failure, said",
+    [
+        ("answerCallbackQuery", NO_QUERY, []),
+        ("answerCallbackQuery", RETRY_AFTER_9, []),
+        ("answerCallbackQuery", b"<html>502 Bad Gateway</html>", []),
+        ("answerCallbackQuery", "reset", []),
+        ("editMessageReplyMarkup", NOT_MODIFIED, [None]),
+        ("editMessageReplyMarkup", "reset", [None]),
+    ],
+)
+def test_press_counts_once_whatever_telegram_says_to_what_the_bot_does_then(
+    http, telegram, bot_api, pair, method, failure, said
+):
+    ask(http, telegram, pair[0])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    bot_api.failures[method].append(failure)
+    assert press(telegram, bot_api, 8, asked) == said
+    assert bool(bot_api.keyboards) == (method == "editMessageReplyMarkup")
+    assert press(telegram, bot_api, 8, asked) == [factoryapp.TOO_LATE]
+    assert links(http, pair[1])[1:] == [("bob", "alice", "Да", 1)]
+
+
+def test_answers_to_presses_that_hang_hold_up_polling_once(
+    http, telegram, bot_api, monkeypatch, pair
+):
+    monkeypatch.setattr(factoryapp.apihelper, "READ_TIMEOUT", 0.2)
+    ask(http, telegram, pair[0])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    bot_api.failures["answerCallbackQuery"].extend([600] * 5)
+    for n in range(5):
+        bot_api.press(8, asked, data=f"1:{n + 2}")
+    assert len(say(telegram, bot_api, 7, "слышно?")) == 1
+    assert len(bot_api.failures["answerCallbackQuery"]) == 4
+    bot_api.hung_up.set()
+
+
+def test_press_that_cannot_be_stored_comes_again_and_is_answered_then(
+    http, telegram, bot_api, monkeypatch, pair
+):
+    ask(http, telegram, pair[0])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    with monkeypatch.context() as trouble:
+        trouble.setattr(factoryapp, "commit", lambda db: db.execute("SELECT * FROM nowhere"))
+        bot_api.press(8, asked, id="5")
+        with pytest.raises(sqlite3.OperationalError):
+            telegram.poll()
+    assert bot_api.answers == [] and len(bot_api.keyboards) == 1
+    telegram.poll()
+    assert bot_api.answers == [("5", None)] and len(list_messages(http, pair[0])) == 2
+
+
+def test_buttons_stay_below_a_question_whose_press_is_skipped(http, telegram, bot_api, pair):
+    ask(http, telegram, pair[0], choices=[BREAKS, "Нет"])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    assert press(telegram, bot_api, 8, asked) == [factoryapp.TOO_LATE]
+    assert press(telegram, bot_api, 8, asked, 1) == [None]
 
 
 @alone_and_crowded
@@ -5280,6 +5632,121 @@ def test_send_at_in_a_form_is_the_time_that_was_typed(http, clock, typed):
 
 
 @alone_and_crowded
+def test_answer_goes_to_the_other_person_unless_somebody_is_named(http):
+    alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
+    post(http, alice, "вопрос", recipient="bob")
+    post(http, bob, "ответ", reply_to=1)
+    post(http, alice, "к своему", reply_to="1")
+    post(http, bob, "третьей", reply_to=2, recipient="carol")
+    post(http, carol, "себе", recipient="carol", reply_to=4)
+    post(http, carol, "себе", reply_to=5)
+    http.post("/api/messages/", {"text": "form", "reply_to": "4", "recipient": ""}, headers=carol)
+    assert links(http, bob) == [
+        ("alice", "bob", "вопрос", None),
+        ("bob", "alice", "ответ", 1),
+        ("alice", "bob", "к своему", 1),
+        ("bob", "carol", "третьей", 2),
+        ("carol", "bob", "form", 4),
+    ]
+    assert [row[3] for row in links(http, carol)] == [2, 4, 5, 4]
+
+
+NO_INTEGER = "A valid integer is required."
+
+
+NO_MESSAGES = [
+    (1, "No such message."),
+    (99, "No such message."),
+    (2**63 - 1, "No such message."),
+    (2**63, "Ensure this value is less than or equal to 9223372036854775807."),
+    (0, "Ensure this value is greater than or equal to 1."),
+    (-1, "Ensure this value is greater than or equal to 1."),
+    ("9" * 5000, NO_INTEGER),
+    ("", NO_INTEGER),
+    ("1 ", NO_INTEGER),
+    (1.0, NO_INTEGER),
+    (True, NO_INTEGER),
+    ([1], NO_INTEGER),
+    ({}, NO_INTEGER),
+    (None, "This field may not be null."),
+]
+
+
+def test_answer_to_what_is_no_message_of_theirs_is_refused(http):
+    alice, carol = join(http, "alice"), join(http, "carol")
+    post(http, alice, "ей самой")
+    for reply_to, sentence in NO_MESSAGES:
+        sent = {"text": "x", "reply_to": reply_to, "recipient": "alice"}
+        response = http.post_json("/api/messages/", sent, headers=carol, status=400)
+        assert response.json == {"reply_to": [sentence]}, reply_to
+    assert list_messages(http, carol) == []
+
+
+@pytest.mark.parametrize(
+    "choices, shown",
+    [
+        (["Да", "Нет"], ["Да", "Нет"]),
+        ([" Да\n", 5, 1.5, '"\\'], ["Да", "5", "1.5", '"\\']),
+        (["👍" * 64, "б" * 64, *"abcdef"], ["👍" * 64, "б" * 64, *"abcdef"]),
+        (["да", "Да"], ["да", "Да"]),
+    ],
+)
+def test_question_shows_its_choices(http, choices, shown):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    assert post(http, alice, "?", recipient="bob", choices=choices)["choices"] == shown
+    assert list_messages(http, bob)[0]["choices"] == shown
+    assert http.get("/api/messages/1/", headers=bob).json["choices"] == shown
+
+
+NOT_2_TO_8 = "Give 2 to 8 different items."
+
+
+SENSELESS_CHOICES = [
+    ([], NOT_2_TO_8),
+    (["Да"], NOT_2_TO_8),
+    ([*"abcdefghi"], NOT_2_TO_8),
+    (["a"] * 5000, NOT_2_TO_8),
+    (["a", "a"], NOT_2_TO_8),
+    (["a", "b", " a "], NOT_2_TO_8),
+    ([1, "1"], NOT_2_TO_8),
+    (["a", "б" * 65], "Ensure this field has no more than 64 characters."),
+    (["a", ""], "This field may not be blank."),
+    (["a", " \u2028"], "This field may not be blank."),
+    (["a", None], "Not a valid string."),
+    (["a", True], "Not a valid string."),
+    (["a", ["b"]], "Not a valid string."),
+    (["a", {}], "Not a valid string."),
+    (["a", "\0"], "Null characters are not allowed."),
+    ("ab", "Expected a list of items."),
+    ({"a": "b", "c": "d"}, "Expected a list of items."),
+    (5, "Expected a list of items."),
+    (None, "This field may not be null."),
+]
+
+
+def test_senseless_choices_are_refused(http):
+    headers = join(http, "alice")
+    for choices, sentence in SENSELESS_CHOICES:
+        sent = {"text": "a", "choices": choices}
+        response = http.post_json("/api/messages/", sent, headers=headers, status=400)
+        assert response.json == {"choices": [sentence]}, choices
+    # A form has one value for each name.
+    form = b"text=a&choices=Yes&choices=No"
+    assert post_body(http, headers, FORM, form)[0] == 400
+    assert list_messages(http, headers) == []
+
+
+@pytest.mark.parametrize("field", ["choices", "recipient"])
+def test_list_that_is_too_long_is_refused_without_reading_it(http, monkeypatch, field):
+    headers = join(http, "alice")
+    reads = note_threads(monkeypatch, factoryapp.Text, "read")
+    http.post_json(
+        "/api/messages/", {"text": "a", field: [1] * 60_000}, headers=headers, status=400
+    )
+    assert len(reads) <= 1 + factoryapp.MAX_RECIPIENTS and list_messages(http, headers) == []
+
+
+@alone_and_crowded
 def test_same_key_and_body_is_answered_the_same_and_stored_once(http, clock):
     alice, bob = join(http, "alice"), join(http, "bob")
     key = {"Idempotency-Key": "a-key"}
@@ -5293,6 +5760,8 @@ def test_same_key_and_body_is_answered_the_same_and_stored_once(http, clock):
         {"text": "one", "recipient": "bob"},
         {"text": "one", "silent": True},
         {"text": "one", "send_at": "2027-01-15T12:00:00Z"},
+        {"text": "one", "choices": ["a", "b"]},
+        {"text": "one", "reply_to": 1},
     ):
         refused = http.post_json("/api/messages/", other, headers={**alice, **key}, status=422)
         assert "another message" in refused.json["detail"]
@@ -5581,6 +6050,30 @@ def test_list_is_of_one_delivery_where_that_is_asked_for(http, one_of_each):
             assert list(follow_pages(http, headers, f"{url}&limit=1")) == [[n] for n in ids]
             before = follow_pages(http, headers, f"{url}&limit=1&before={factoryapp.MAX_ID}")
             assert list(before) == [[n] for n in reversed(ids)] and len(ids) >= 1
+
+
+def test_list_is_of_the_answers_to_one_message_where_that_is_asked_for(http):
+    alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
+    post(http, alice, "вопрос", recipient="bob")
+    post(http, alice, "себе")
+    post(http, bob, "один", reply_to=1)
+    post(http, alice, "о том же", reply_to=1, recipient="carol")
+    post(http, bob, "два", reply_to=1)
+    post(http, alice, "себе", reply_to=2)
+
+    def answers(headers, query):
+        messages = http.get(f"/api/messages/?reply_to={query}", headers=headers).json
+        return [message["id"] for message in messages]
+
+    assert [answers(alice, n) for n in (1, 2, 3, 2**63 - 1)] == [[3, 4, 5], [6], [], []]
+    assert [answers(carol, n) for n in (1, 2)] == [[4], []]
+    assert answers(bob, "1&delivery=unlinked") == [3, 5] and answers(bob, "1&delivery=sent") == []
+    assert answers(alice, "1&after=3") == [4, 5]
+    pages = follow_pages(http, alice, "/api/messages/?reply_to=1&limit=2")
+    assert list(pages) == [[3, 4], [5]]
+    for query in ("0", "", "x", str(2**63)):
+        answer = http.get(f"/api/messages/?reply_to={query}", headers=alice, status=400)
+        assert list(answer.json) == ["reply_to"]
 
 
 @pytest.mark.parametrize("delivery", ["", "FAILED", "failed,sent", "failed%0A"])
@@ -6440,6 +6933,17 @@ def test_lists_are_merged_in_the_order_of_their_indexes(http):
             assert "SEARCH" in str(plan) and "TEMP B-TREE" not in str(plan), plan
             assert not [step for step in plan if step.startswith("SCAN")], plan
             assert str(plan).count("AND delivery=?") == 2 * (listing is by_delivery), plan
+
+
+@pytest.mark.parametrize("delivery", [None, "sent"])
+def test_answers_to_a_message_are_listed_by_their_index(http, delivery):
+    page = {"user": 1, "after": 0, "before": 9, "limit": 5, "delivery": delivery, "reply_to": 1}
+    listing = factoryapp.OWN_ANSWERS
+    for query in (listing.rows, f"{listing.ids} ORDER BY id DESC LIMIT 2"):
+        steps = factoryapp.connection().execute(f"EXPLAIN QUERY PLAN {query}", page)
+        plan = str([step["detail"] for step in steps])
+        assert "messages_by_reply (reply_to=? AND rowid>? AND rowid<?)" in plan, plan
+        assert "TEMP B-TREE" not in plan and "SCAN" not in plan, plan
 
 
 def test_pipelined_requests_are_answered_in_order(http):
@@ -7914,6 +8418,13 @@ class BotApi:
         self.silent = []  # of each of these, whether it comes without a sound
         self.threads = []  # of each of these, the topic that it is in, or None
         self.topics = set()  # (chat id, message_thread_id) that there are
+        self.replied = {}  # id of one that appears as a reply: which message it answers
+        self.deleted = set()  # ids of messages that somebody deleted in Telegram
+        self.keyboards = {}  # message id: the buttons below it, as they are seen
+        self.buttons = {}  # the same, of those that went too
+        self.allowed_updates = ()  # the kinds that were last asked for
+        self.presses = set()  # ids of callback queries that wait for their answer
+        self.answers = []  # (id of a callback query, what it was answered), in order
         self.attempts = []  # (time, chat id, text) that reached it, in order
         # Method or chat id: what the next calls get instead of an answer.
         self.failures = defaultdict(deque)
@@ -7960,6 +8471,7 @@ class BotApi:
         return True
 
     def getUpdates(self, parameters):
+        self.allowed_updates = json.loads(parameters["allowed_updates"])
         with self.changed:
             if "offset" in parameters:
                 offset = int(parameters["offset"])
@@ -7980,14 +8492,69 @@ class BotApi:
             raise Refused(EMPTY)
         if thread_id and (chat_id, thread_id) not in self.topics:
             raise Refused(NO_THREAD)
+        replied, buttons = self.read_reply(chat_id, parameters), read_buttons(parameters)
         with self.changed:
             self.sent.append((chat_id, text))
+            if replied:
+                self.replied[len(self.sent)] = replied
+            if buttons:
+                self.keyboards[len(self.sent)] = self.buttons[len(self.sent)] = buttons
             self.raw.append(raw)
             self.silent.append(parameters.get("disable_notification") == "True")
             self.threads.append(thread_id or None)
             self.changed.notify_all()
             chat = {"id": chat_id, "type": "private"}
             return {"message_id": len(self.sent), "date": 0, "chat": chat, "text": text}
+
+    def read_reply(self, chat_id, parameters):
+        """The id of the message that a new one appears to answer, or None."""
+        reply = json.loads(parameters.get("reply_parameters", "{}"))
+        replied = reply.get("message_id")
+        chats = dict(enumerate((chat for chat, _ in self.sent), 1))
+        is_there = chats.get(replied) == chat_id and replied not in self.deleted
+        if reply and not is_there and not reply.get("allow_sending_without_reply"):
+            raise Refused(NO_REPLIED)
+        return replied if is_there else None
+
+    def answerCallbackQuery(self, parameters):
+        with self.changed:
+            if parameters.get("callback_query_id") not in self.presses:
+                raise Refused(NO_QUERY)
+            self.presses.remove(parameters["callback_query_id"])
+            self.answers.append((parameters["callback_query_id"], parameters.get("text")))
+            self.changed.notify_all()
+            return True
+
+    def editMessageReplyMarkup(self, parameters):
+        message_id = int(parameters["message_id"])
+        with self.changed:
+            if message_id not in self.keyboards or "reply_markup" in parameters:
+                raise Refused(NOT_MODIFIED)
+            assert self.sent[message_id - 1][0] == int(parameters["chat_id"])
+            del self.keyboards[message_id]
+            self.changed.notify_all()
+            chat = {"id": int(parameters["chat_id"]), "type": "private"}
+            return {"message_id": message_id, "date": 0, "chat": chat}
+
+    def press(self, chat_id, message_id, n=0, **fields):
+        """Somebody presses the nth button below a message; returns the query's id.
+
+        `fields` are other fields of the query.
+        """
+        chat = {"id": chat_id, "type": "private"}
+        query = {
+            "id": str(10**18 + self.next_update_id),
+            "from": {"id": chat_id, "is_bot": False, "first_name": "Somebody"},
+            "chat_instance": "1",
+            "message": {"message_id": message_id, "date": 0, "chat": chat},
+            **fields,
+        }
+        if "data" not in fields:
+            query["data"] = self.buttons[message_id][n]["callback_data"]
+        self.presses.add(query["id"])
+        if "callback_query" in self.allowed_updates:
+            self.push({"callback_query": query})
+        return query["id"]
 
     def write(
         self,
@@ -8042,6 +8609,16 @@ class BotApi:
 
 class Refused(Exception):
     """What a server of Telegram's answers to a call that makes no sense."""
+
+
+def read_buttons(parameters):
+    """The buttons of an inline keyboard, row by row."""
+    rows = json.loads(parameters.get("reply_markup", "{}")).get("inline_keyboard", [])
+    buttons = [button for row in rows for button in row]
+    for button in buttons:
+        if not as_it_appears(button["text"]) or len(button["callback_data"].encode()) > 64:
+            raise Refused(BAD_BUTTON)
+    return buttons
 
 
 def as_it_appears(text):
