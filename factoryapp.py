@@ -3647,9 +3647,10 @@ class Several:
                 return self.item.read(value)
             raise Refused("Expected a list of items.")
         # No more than these: there may be 100,000, and each takes its time.
-        texts = list(dict.fromkeys(map(self.item.read, value[: self.most])))
-        is_repeated = self.least > 1 and len(texts) < len(value)
-        if is_repeated or len(value) > self.most or len(texts) < self.least:
+        read = value[: 2 * self.most]
+        texts = list(dict.fromkeys(map(self.item.read, read)))
+        is_repeated = len(texts) < len(value) and (self.least > 1 or len(read) < len(value))
+        if is_repeated or not self.least <= len(texts) <= self.most:
             raise Refused(f"Give {self.least} to {self.most} different items.")
         return texts
 
