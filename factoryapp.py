@@ -4679,6 +4679,8 @@ class RouteTask(WSGITask):
         environ = super().get_environment()
         environ["factoryapp.lane"] = self.channel.lane
         environ["factoryapp.waits_until"] = self.channel.waits_until
+        # Here, not once it is served: in a lane the next request may wait by then.
+        self.channel.waits_until = None
         return environ
 
     def execute(self):
@@ -4737,7 +4739,6 @@ class Channel(HTTPChannel):
     def service(self):
         try:
             super().service()
-            self.waits_until = None
         except Elsewhere as elsewhere:
             self.go_to(*elsewhere.args)
         except Parked as parked:
