@@ -4678,7 +4678,8 @@ class RouteTask(WSGITask):
     def get_environment(self):
         environ = super().get_environment()
         environ["factoryapp.lane"] = self.channel.lane
-        environ["factoryapp.waits_until"] = self.channel.waits_until
+        # In a lane nothing waits: only the serving thread loses no wake-up.
+        environ["factoryapp.waits_until"] = 0 if self.channel.lane else self.channel.waits_until
         # Here, not once it is served: in a lane the next request may wait by then.
         self.channel.waits_until = None
         return environ
