@@ -3842,7 +3842,9 @@ def answer_news(user, wait, body, is_nothing):
 
     RFC 9110, section 13.1.2. Raises HTTPResponse, Parked.
     """
-    etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
+    # A page that is full changes when there is a next one.
+    link = response.get_header("Link", "")
+    etag = f'"{hashlib.sha256(body + link.encode()).hexdigest()[:16]}"'
     known = request.environ.get("HTTP_IF_NONE_MATCH")
     is_known = known is not None and (etag in known or known.strip() == "*")
     if wait and (is_nothing if known is None else is_known):
