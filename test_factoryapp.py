@@ -397,6 +397,45 @@ def during_send(bot_api, chat_id, act):
     bot_api.sendMessage = send_message
 
 
+def serve_until(http, condition):
+    """Have rounds served until it is true."""
+    ends_at = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < ends_at
+        http.get("/x", status=404)
+
+
+@pytest.fixture
+def wait(http):
+    """Ask on a connection of one's own, which is returned once its request waits."""
+    connections = []
+
+    def wait(headers, query="?wait=50", method="GET"):
+        waiting = len(http.server.parked)
+        connections.append(HTTPConnection(*http.address, timeout=5))
+        connections[-1].request(method, f"/api/messages/{query}", headers=headers)
+        serve_until(http, lambda: len(http.server.parked) > waiting)
+        return connections[-1]
+
+    yield wait
+    for connection in connections:
+        connection.close()
+
+
+@pytest.fixture
+def wait_for_a_wake_up(http, wait, monkeypatch):
+    """The same, and the server looks at nothing until something wakes it."""
+    monkeypatch.setattr(http.server, "time_to_wait", lambda: 600)
+    return wait
+
+
+def is_answered(http, connection):
+    """Whether an answer has come, once what was known before has been served."""
+    for _ in range(2):
+        http.get("/x", status=404)
+    return select.select([connection.sock], [], [], 0)[0] != []
+
+
 def errors(caplog):
     return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
@@ -4865,6 +4904,78 @@ def test_odd_input_is_refused_in_json(http, path, field):
         http.post(path + query, b"{", content_type=JSON, headers=headers, status=400)
 
 
+def ask_if_changed(http, headers, etag, path="/api/messages/"):
+    """The answer to who has what this ETag names."""
+    return http.get(path, headers={**headers, "If-None-Match": etag}, expect_errors=True)
+
+
+@pytest.mark.parametrize("path", ["/api/messages/", "/api/messages/1/", "/api/messages/?after=1"])
+@pytest.mark.parametrize(
+    "spelled, status",
+    [
+        ("{}", 304),
+        ("W/{}", 304),
+        ('"x", W/{},"y"', 304),
+        (" * ", 304),
+        ('"x", "{}"', 200),
+        ('"*"', 200),
+        ('""', 200),
+        ("", 200),
+    ],
+)
+def test_answer_that_the_client_has_is_not_sent_again(http, path, spelled, status):
+    headers = join(http, "alice")
+    post(http, headers, "text")
+    etag = http.head(path, headers=headers).headers["ETag"]
+    spelled = spelled.format(etag if status == 304 else etag.strip('"') + "0")
+    answer = ask_if_changed(http, headers, spelled, path)
+    assert (answer.status_int, answer.headers["ETag"]) == (status, etag)
+    assert (answer.body == b"") == (status == 304)
+
+
+def test_answer_has_another_etag_once_it_says_something_else(http, telegram, pair):
+    alice, _ = pair
+    etags = [ask_if_changed(http, alice, "", "/api/messages/?limit=1").headers["ETag"]]
+    for act in (
+        lambda: post(http, alice, "one", recipient="bob"),
+        lambda: deliver_all(telegram),
+        lambda: post(http, alice, "on the next page", recipient="bob"),
+    ):
+        act()
+        answer = ask_if_changed(http, alice, etags[-1], "/api/messages/?limit=1")
+        assert answer.status_int == 200
+        etags.append(answer.headers["ETag"])
+    assert len(set(etags)) == 4
+
+
+def test_answer_of_more_than_a_piece_has_no_etag_and_does_not_wait(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "LIST_PIECE_ROWS", 2)
+    headers = join(http, "alice")
+    for text in ("one", "two", "three"):
+        post(http, headers, text)
+    waits = note_threads(monkeypatch, factoryapp.Server, "park")
+    answer = ask_if_changed(http, headers, "*", "/api/messages/?wait=50")
+    assert answer.status_int == 200 and "ETag" not in answer.headers and waits == []
+    assert "ETag" in ask_if_changed(http, headers, "", "/api/messages/?after=1").headers
+
+
+def test_what_there_is_or_has_changed_is_not_waited_for(http, monkeypatch):
+    headers = join(http, "alice")
+    post(http, headers, "text")
+    waits = note_threads(monkeypatch, factoryapp.Server, "park")
+    for path, etag in (
+        ("?wait=1", None),
+        ("?wait=1", '"another"'),
+        ("?after=1&wait=1", '"another"'),
+        ("1/?wait=1", None),
+        ("?after=1&wait=0", None),
+        ("?wait=0", "*"),
+    ):
+        known = {"If-None-Match": etag} if etag else {}
+        http.get(f"/api/messages/{path}", headers={**headers, **known}, status="*")
+    assert waits == []
+
+
 # --- Routes ---------------------------------------------------------------------------------------
 
 
@@ -6015,6 +6126,13 @@ def test_senseless_page_is_refused(http, query, field, sentence):
         assert http.get(path + query, headers=headers, status=400).json == {field: [sentence]}
 
 
+@pytest.mark.parametrize("value", ["-1", "51", "0.5", "", "1s"])
+@pytest.mark.parametrize("path", ["/api/messages/", "/api/messages/1/"])
+def test_senseless_wait_is_refused(http, path, value):
+    answer = http.get(f"{path}?wait={value}", headers=join(http, "alice"), status=400)
+    assert list(answer.json) == ["wait"]
+
+
 @pytest.fixture
 def one_of_each(http, telegram, bot_api, pair):
     """Alice and Bob, and Carol without a chat. A message in each state, each way and to oneself."""
@@ -7073,6 +7191,269 @@ def test_request_behind_one_in_a_lane_is_answered_after_it_and_in_a_round(http, 
         while len(statuses(answer)) < 2:
             answer += sock.recv(65536)
     assert statuses(answer) == [200, 201] and threads == ["serving"]
+
+
+def post_in_a_lane(http, headers, text):
+    part = f'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n{text}\r\n--x--\r\n'
+    headers = {**headers, "Content-Type": MULTIPART}
+    [answer] = http.ask(("POST", "/api/messages/", part.encode(), headers))
+    assert answer.status == 201
+
+
+def fail_to_deliver(telegram, bot_api, chat_id):
+    bot_api.failures[chat_id].append(TOO_LONG)
+    deliver_all(telegram)
+
+
+@pytest.mark.parametrize(
+    "query, act, told",
+    [
+        ("?after=1&wait=50", "post", "news"),
+        ("?after=1&before=3&limit=1&wait=50", "post in a lane", "news"),
+        ("?reply_to=1&wait=50", "reply", "news"),
+        ("?after=1&wait=50", "write to the bot", "news"),
+        ("?delivery=sent&wait=50", "deliver", "sent"),
+        ("1/?wait=50", "deliver", "sent"),
+        ("1/?wait=50", "fail to deliver", "failed"),
+        ("?delivery=failed&wait=50", "unlink", "failed"),
+        ("1/?wait=50", "cancel", "cancelled"),
+        ("?wait=50", "deliver", "sent"),
+        ("?wait=50", "post to another", "news"),
+    ],
+)
+def test_who_waits_is_answered_once_there_is_something(
+    http, telegram, bot_api, pair, wait_for_a_wake_up, query, act, told
+):
+    alice, bob = pair
+    post(http, alice, "text", recipient="bob")
+    known = http.get("/api/messages/", headers=alice).headers["ETag"]
+    known = {"If-None-Match": known} if query == "?wait=50" else {}
+    waiting = wait_for_a_wake_up({**alice, **known}, query)
+    {
+        "post": lambda: post(http, bob, "news", recipient="alice"),
+        "post to another": lambda: post(http, alice, "news", recipient="bob"),
+        "post in a lane": lambda: post_in_a_lane(http, alice, "news"),
+        "reply": lambda: post(http, bob, "news", reply_to=1),
+        "write to the bot": lambda: [bot_api.write(7, "news"), telegram.poll()],
+        "deliver": lambda: deliver_all(telegram),
+        "fail to deliver": lambda: fail_to_deliver(telegram, bot_api, 8),
+        "cancel": lambda: cancel(http, alice),
+        "unlink": lambda: http.post("/api/users/unlink-telegram/", headers=bob),
+    }[act]()
+    answer = waiting.getresponse()
+    assert answer.status == 200 and f'"{told}"' in answer.read().decode()
+
+
+def test_who_waits_is_answered_what_was_posted_in_its_own_round(http, monkeypatch):
+    headers = join(http, "alice")
+    monkeypatch.setattr(http.server, "time_to_wait", lambda: 600)
+    waited, posted = http.ask_in_one_round(
+        ("GET", "/api/messages/?wait=50", None, headers), message_request(headers, "news")
+    )
+    assert posted.status == 201 and json.loads(waited.body) == [json.loads(posted.body)]
+
+
+def test_nothing_is_looked_up_for_who_waits_but_after_news_of_its_own(http, wait, monkeypatch):
+    alice, bob = join(http, "alice"), join(http, "bob")
+    lookups = note_threads(monkeypatch, factoryapp.Server, "park")
+    waiting = wait(alice, "?reply_to=1&wait=50")
+    post(http, bob, "to himself")
+    assert not is_answered(http, waiting) and len(lookups) == 1
+    post(http, alice, "to herself, and no answer")
+    assert not is_answered(http, waiting) and len(lookups) == 2
+
+
+@pytest.mark.parametrize("step", [-3600, 120])
+@pytest.mark.parametrize(
+    "method, query, known, status, told",
+    [
+        ("GET", "?after=9&wait=50", {}, 200, b"[]"),
+        ("GET", "?before=2&wait=50", {"If-None-Match": "*"}, 304, b""),
+        ("GET", "1/?wait=50", {}, 200, b'"delivery":"queued"'),
+        ("HEAD", "?reply_to=1&wait=50", {}, 200, b""),
+    ],
+)
+def test_waiting_ends_with_its_time_whatever_the_clock_says_and_others_hear(
+    http, linked, clock, wait, caplog, step, method, query, known, status, told
+):
+    headers = log_in(http, "alice")
+    post(http, headers, "text")
+    caplog.set_level("INFO")
+    waiting = wait({**headers, **known}, query, method)
+    clock.seconds += step
+    clock.ticks += 49.75
+    post(http, headers, "news to others")
+    assert not is_answered(http, waiting) and http.server.time_to_wait() == 0.25
+    clock.ticks += 0.25
+    answer = waiting.getresponse()
+    assert answer.status == status and told in answer.read()
+    lines = [line for line in caplog.messages if line.startswith(f"{method} /api/messages/")]
+    assert len(lines) == 1 and f" {status} " in lines[0]
+
+
+def test_who_waits_again_on_its_connection_has_its_whole_time_again(http, clock, wait):
+    headers = join(http, "alice")
+    waiting = wait(headers)
+    clock.ticks += 50
+    assert waiting.getresponse().read() == b"[]"
+    waiting.request("GET", "/api/messages/?wait=50", headers=headers)
+    serve_until(http, lambda: http.server.parked)
+    assert 0 < http.server.time_to_wait()
+
+
+def test_message_that_is_forgotten_while_it_is_waited_for_is_not_there_in_the_end(
+    http, linked, clock, wait, monkeypatch
+):
+    headers, sent = log_in(http, "alice"), {"name": "cron"}
+    key = http.post_json("/api/users/keys/", sent, headers=headers).json["key"]
+    known = {"Authorization": f"Bearer {key}", "If-None-Match": "*"}
+    post(http, headers, "text")
+    cancel(http, headers)
+    waiting = [wait(known, query) for query in ("?wait=50", "1/?wait=50")]
+    clock.seconds += 2 * 86_400
+    forget(1, monkeypatch)
+    assert not any(is_answered(http, connection) for connection in waiting)
+    clock.ticks += 50
+    serve_until(http, lambda: not http.server.parked)
+    answers = [connection.getresponse() for connection in waiting]
+    assert [answer.status for answer in answers] == [304, 404]
+
+
+def test_whose_key_or_password_ends_while_it_waits_is_refused(http, wait_for_a_wake_up):
+    headers = join(http, "alice")
+    keys = [
+        http.post_json("/api/users/keys/", {"name": name}, headers=headers).json["key"]
+        for name in ("deleted", "ended by the new password")
+    ]
+    deleted, ended = [wait_for_a_wake_up({"Authorization": f"Bearer {key}"}) for key in keys]
+    signed_in = wait_for_a_wake_up(headers)
+    http.delete("/api/users/keys/1/", headers=headers)
+    assert deleted.getresponse().status == 401 and not is_answered(http, ended)
+    change = {"current_password": PASSWORD, "new_password": "An0ther-pass-17"}
+    http.post_json("/api/users/set-password/", change, headers=headers)
+    assert [ended.getresponse().status, signed_in.getresponse().status] == [401, 401]
+
+
+def leave_with_a_reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /half HTTP/1.1\r\nX"])
+@pytest.mark.parametrize(
+    "leave", [socket.socket.close, leave_with_a_reset, lambda sock: sock.shutdown(socket.SHUT_WR)]
+)
+def test_who_leaves_does_not_wait_any_more(http, wait_for_a_wake_up, leave, sent):
+    headers = join(http, "alice")
+    sock = wait_for_a_wake_up(headers).sock
+    sock.sendall(sent)
+    leave(sock)
+    serve_until(http, lambda: not http.server.parked)
+    post(http, headers, "news to nobody")
+    assert len(http.server.active_channels) == 1
+
+
+def test_no_more_wait_than_may(http, wait_for_a_wake_up, monkeypatch):
+    monkeypatch.setattr(factoryapp, "WAITING", 3)
+    monkeypatch.setattr(factoryapp, "WAITING_OF_A_USER", 2)
+    alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
+    first, _ = wait_for_a_wake_up(alice), wait_for_a_wake_up(alice)
+    one_more = raw("GET", "/api/messages/?wait=50", {**alice, "Connection": "close"})
+    assert talk(http, one_more).endswith(b"[]EOF")
+    wait_for_a_wake_up(bob)
+    one_more = raw("GET", "/api/messages/?wait=50", {**carol, "Connection": "close"})
+    assert talk(http, one_more).endswith(b"[]EOF")
+    first.close()
+    serve_until(http, lambda: len(http.server.parked) < 3)
+    wait_for_a_wake_up(alice)
+    assert len(http.server.parked) == 3
+
+
+@pytest.mark.parametrize(
+    "behind, status",
+    [
+        ([raw("GET", "/x")], 404),
+        ([b"GET /x HT", b"TP/1.1\r\n\r\n"], 404),
+        ([b"\r\n" * 5000 + raw("GET", "/x")], 404),
+        ([b"\0\xff no HTTP\r\n\r\n"], 400),
+        ([raw("GET", "/api/messages/?wait=50")], 401),
+    ],
+)
+def test_what_is_sent_behind_a_request_that_waits_is_answered_after_it(
+    http, wait_for_a_wake_up, behind, status
+):
+    headers = join(http, "alice")
+    waiting = wait_for_a_wake_up(headers)
+    for piece in behind:
+        waiting.sock.sendall(piece)
+        assert not is_answered(http, waiting)
+    post(http, headers, "news")
+    answer = b""
+    while len(statuses(answer)) < 2:
+        answer += waiting.sock.recv(65536)
+    assert statuses(answer) == [200, status]
+
+
+def test_behind_a_request_that_waits_no_more_is_read_than_one_piece(http, wait):
+    waiting = wait(join(http, "alice"))
+    waiting.sock.setblocking(False)
+    with suppress(BlockingIOError):
+        waiting.sock.sendall(b"GET /x HTTP/1.1\r\n\r\n" * 50_000)
+    for _ in range(9):
+        assert not is_answered(http, waiting)
+    [channel] = http.server.parked
+    assert 1 < len(channel.requests) < 500
+
+
+def test_request_waits_behind_one_of_a_lane_that_has_not_ended_yet(http, monkeypatch):
+    headers = join(http, "alice")
+    real, waits = factoryapp.Server.pull_trigger, []
+
+    def linger(server):
+        real(server)
+        if threading.current_thread().name != "serving":
+            serve_until(http, lambda: server.parked)
+            waits.append(True)
+
+    monkeypatch.setattr(factoryapp.Server, "pull_trigger", linger)
+    body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.sendall(raw("POST", "/auth/token/", body=body))
+        sock.sendall(raw("GET", "/api/messages/?wait=1", headers))
+        answer = b""
+        while answer.count(b"HTTP/1.1 200 ") < 2:
+            assert (chunk := sock.recv(65536))
+            answer += chunk
+    assert waits and answer.endswith(b"[]")
+
+
+def test_list_that_is_short_by_the_time_a_lane_reads_it_does_not_wait_there(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "LIST_PIECE_ROWS", 1)
+    headers = join(http, "alice")
+    post(http, headers, "one")
+    post(http, headers, "two")
+    real, waits = factoryapp.leave_round, note_threads(monkeypatch, factoryapp.Server, "park")
+
+    def shorten_and_leave(lane):
+        monkeypatch.setattr(factoryapp, "LIST_PIECE_ROWS", 2)
+        real(lane)
+
+    monkeypatch.setattr(factoryapp, "leave_round", shorten_and_leave)
+    assert ask_if_changed(http, headers, "*", "/api/messages/?wait=1").status_int == 304
+    assert waits == []
+
+
+def test_all_who_wait_are_answered_when_the_program_ends_and_logged_then(start):
+    program = start("--log-level", "info")
+    headers, waiting = join(program.http, "alice"), []
+    for _ in range(3):
+        waiting.append(HTTPConnection(*program.address, timeout=5))
+        waiting[-1].request("GET", "/api/messages/?wait=50", headers=headers)
+        talk(program, raw("GET", "/x", {"Connection": "close"}))
+    assert " 404 " in program.log() and "/api/messages/" not in program.log()
+    assert program.end() == (0, pytest.approx(0, abs=2))
+    assert [connection.getresponse().read() for connection in waiting] == [b"[]"] * 3
+    assert program.log().count("GET /api/messages/ 200 ") == 3
 
 
 @pytest.mark.parametrize(
