@@ -12,7 +12,8 @@ One message's journey:
 
 Threads: the serving thread reads every request and serves most. 4 patient and 2 hashing threads
 take what would hold it up, 64 senders deliver, one polling thread listens to Telegram or to the
-terminal. They share the database, `turns` and the event that stops them, nothing else.
+terminal, one sees to the upkeep, one forgets what is too old. They share the database, `turns`,
+`news`, what is known of the bot, and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
   Settings  what can be set, and every limit      Page     what GET / answers
