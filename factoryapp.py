@@ -5071,7 +5071,7 @@ def read_arguments(argv):
         administration.add_argument(
             f"--{name}",
             metavar="NAME",
-            type=username,
+            type=account_name,
             help=f"{explanation}; starts no server, but one may run",
         )
     for name, default, pattern, explanation in (
@@ -5109,7 +5109,7 @@ def read_arguments(argv):
     return parser.parse_args(argv)
 
 
-def username(text):
+def account_name(text):
     """The one spelling of a name. Raises argparse.ArgumentTypeError."""
     try:
         return USERNAME_FIELD.read(text)
@@ -5255,14 +5255,14 @@ def start_workers(home, stop):
     turns.open(home.id, list_queues(connection(), home.id))
     if elsewhere := count_elsewhere(connection(), home.id):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
-    start("polling", home.run, stop)
-    start("upkeep", run_upkeep, home, stop)
+    start_thread("polling", home.run, stop)
+    start_thread("upkeep", run_upkeep, home, stop)
     if settings.keep_days:
-        start("forgetting", run_forgetting, stop)
-    return [start(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
+        start_thread("forgetting", run_forgetting, stop)
+    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
 
 
-def start(name, target, *args):
+def start_thread(name, target, *args):
     """A thread that ends with the process, started."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
