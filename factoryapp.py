@@ -1714,13 +1714,17 @@ def hash_password(password):
     return hash_with(new_salt(), compose(password), **SCRYPT)
 
 
-def compose(password):
-    """The one spelling of a password, whatever keyboard it was typed on (RFC 8265, section 4.2).
+def normalize(form, text, most):
+    """A text in a Unicode normal form, unless no text of `most` code points can come from it.
 
-    What is longer than any password can be is left alone: NFC takes quadratic time.
+    Four make one at most, and thousands take quadratic time.
     """
-    is_short = len(password) <= 4 * MAX_PASSWORD
-    return unicodedata.normalize("NFC", password) if is_short else password
+    return unicodedata.normalize(form, text) if len(text) <= 4 * most else text
+
+
+def compose(password):
+    """The one spelling of a password, whatever keyboard it was typed on (RFC 8265, section 4.2)."""
+    return normalize("NFC", password, MAX_PASSWORD)
 
 
 def nobodys_hash():
@@ -3658,7 +3662,7 @@ class Several:
 
 def tidy_username(name):
     """The one spelling of a username: trimmed, NFKC."""
-    return unicodedata.normalize("NFKC", name.strip())
+    return normalize("NFKC", name.strip(), MAX_USERNAME)
 
 
 class Form(dict):

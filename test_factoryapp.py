@@ -4553,6 +4553,22 @@ def test_every_answer_is_private_and_nothing_but_json(http):
         assert response.headers["Content-Type"] == JSON and "Server" not in response.headers
 
 
+@pytest.mark.parametrize(
+    "path, field, status",
+    [
+        ("/api/users/register/", "username", 400),
+        ("/auth/token/", "username", 401),
+        ("/api/messages/", "recipient", 400),
+    ],
+)
+def test_name_of_thousands_of_marks_takes_no_time(http, path, field, status):
+    headers, name = join(http, "alice"), "a" + "\u0315" * 16_000 + "\u0300" * 16_000
+    sent, started_at = {"password": PASSWORD, "text": "a", field: name}, time.monotonic()
+    body = json.dumps(sent, ensure_ascii=False).encode()
+    http.post(path, body, content_type=JSON, headers=headers, status=status)
+    assert time.monotonic() - started_at < 1
+
+
 def test_multipart_form_is_read(http):
     response = http.post(
         "/api/users/register/",
