@@ -4726,6 +4726,9 @@ class TimedRequest(HTTPRequestParser):
         return taken
 
     def parse_header(self, header_plus):
+        if re.search(rb"[ \t]{100}|\r\n[ \t]|\0", header_plus):
+            # Long blanks take waitress quadratic time, of which folding makes more.
+            raise ParsingError("a header is not folded, and has no NUL and no long blanks")
         super().parse_header(header_plus)
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:

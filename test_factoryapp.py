@@ -7524,6 +7524,15 @@ def test_header_over_the_limit_is_refused(http):
     assert statuses(answer) == [431] and b'"detail"' in answer
 
 
+@pytest.mark.parametrize(
+    "header", [b"X:" + b" " * 16_000 + b"a", b"X:" + b"\t " * 50 + b"a", b"X: a\r\n b", b"X: \0"]
+)
+def test_header_that_takes_long_to_parse_is_refused_before(http, header):
+    request, started_at = b"GET / HTTP/1.1\r\nHost: a\r\n" + header, time.monotonic()
+    assert statuses(talk(http, request + b"\r\n\r\n")) == [400]
+    assert time.monotonic() - started_at < 1
+
+
 def test_thirty_logins_at_once_hold_up_nobody_and_fit_in_memory(start):
     program = start(PYTHONPATH="")
     headers = join(program.http, "alice")
