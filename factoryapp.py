@@ -2772,330 +2772,385 @@ class running:
 # What GET / answers: one self-contained document. Its Content-Security-Policy lets its own style
 # and script through, no others.
 
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>FactoryApp</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>FactoryApp</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>
+<rect width='8' height='8' rx='2' fill='teal'/><path d='M2 2h4v3H4L2 6z' fill='white'/></svg>">
 <style>
-:root { color-scheme: light dark;
-    --page: #f4f6f7; --card: #fff; --ink: #1b2227; --quiet: #58646d; --line: #d8dfe3;
-    --edge: #7d8993; --accent: #0a665c; --on-accent: #fff; --mine: #e2f1ee; --good: #146c3c;
-    --wait: #855400; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root {
-    --page: #12171a; --card: #1b2226; --ink: #e5eaed; --quiet: #9fabb4; --line: #303a41;
-    --edge: #74818b; --accent: #68cdbd; --on-accent: #06231f; --mine: #17362f; --good: #74d19b;
-    --wait: #e6b866; --bad: #ff9389; } }
-* { box-sizing: border-box; margin: 0; }
-[hidden], p:empty, span:empty, .closed .open { display: none !important; }
-body { max-width: 50rem; margin: auto; padding: 1.5rem 1rem 4rem; background: var(--page);
-    color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.1rem; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem .75rem; }
-header { justify-content: space-between; margin-bottom: .25rem; }
-.card, #link { display: grid; grid-template-columns: minmax(0, 1fr); gap: .75rem; }
-.card { margin-top: 1rem; padding: 1.1rem; background: var(--card);
-    border: 1px solid var(--line); border-radius: .75rem; }
-.quiet, label { font-size: .9rem; }
-.quiet, .about, #messages:empty::before { color: var(--quiet); }
-.error::first-letter { text-transform: uppercase; }
-@media (hover: none) { .row .quiet { display: none; } }
-label { display: grid; gap: .25rem; font-weight: 600; }
-input, textarea, button, .button { font: inherit; padding: .5rem .75rem;
-    border: 1px solid var(--edge); border-radius: .5rem; }
-input, textarea { width: 100%; font-size: 1rem; font-weight: 400; background: var(--page);
-    color: inherit; }
-textarea { min-height: 5rem; max-height: 50vh; resize: vertical; field-sizing: content; }
-a, button { color: var(--accent); }
-button, .button { background: none; font-weight: 600; text-decoration: none; cursor: pointer; }
-.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
-button:disabled { opacity: .55; cursor: default; }
+:root { color-scheme: light dark; --page: light-dark(#f4f6f7, #12171a);
+    --card: light-dark(#fff, #1b2226); --ink: light-dark(#1b2227, #e5eaed);
+    --quiet: light-dark(#525e67, #a5b1ba); --edge: light-dark(#7d8993, #74818b);
+    --accent: light-dark(#0a665c, #68cdbd); --mine: light-dark(#dff0ec, #17362f);
+    --bad: light-dark(#b3261e, #ff9389); }
+* { box-sizing: border-box; margin: 0; min-width: 0; max-width: 100%; font: inherit; }
+body, main { display: flex; flex-direction: column; flex: 1 0 auto; gap: .6rem; }
+body { min-height: 100dvh; max-width: 50rem; margin: auto; padding: .75rem 1rem; color: var(--ink);
+    background: var(--page); font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1, h2 { font-size: 1.2rem; } h1, h2, b, button, .button, .field { font-weight: 600; }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; }
+.apart { justify-content: space-between; } .small { font-size: .875rem; color: var(--quiet); }
+.card { display: grid; gap: .6rem; padding: .6rem 1rem; background: var(--card);
+    border: 1px solid var(--mine); border-radius: .75rem; }
+.field { display: grid; flex: 1 1 6rem; } .field > * { font-weight: 400; }
+input, textarea, button, .button, code, li > div { padding: .35rem .65rem; border-radius: .5rem;
+    border: 1px solid var(--edge); background: var(--page); color: inherit; }
+textarea { min-height: 3.9rem; max-height: 30dvh; resize: none; field-sizing: content; }
+button, .button { background: none; text-decoration: none; cursor: pointer; }
+a, button, .sent { color: var(--accent); } .error, .failed { color: var(--bad); }
+.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-code { display: block; padding: .5rem .75rem; border: 1px dashed var(--edge);
-    border-radius: .5rem; font: .85rem/1.6 ui-monospace, monospace; user-select: all; }
-#messages { display: flex; flex-direction: column; gap: .5rem; padding: 0; max-height: 60vh;
-    overflow: auto; margin-bottom: .25rem; list-style: none; }
-#messages:empty::before { content: "No messages yet."; }
-#messages li { align-self: start; max-width: 92%; padding: .5rem .75rem;
-    border: 1px solid var(--line); border-radius: .75rem; }
-#messages .mine { align-self: end; background: var(--mine); border-color: transparent; }
+[aria-busy] button { opacity: .6; } #linked { flex: 1 1 12.4rem; }
+code { font: .875rem/1.6 ui-monospace, monospace; user-select: all; }
+/* It scrolls from its end, which stays in view whatever comes, above it or below. */
+#stream { display: flex; flex-direction: column-reverse; flex: 1 1 6.7rem; min-height: 6.7rem;
+    height: 0; overflow: hidden auto; }
+#stream > div { margin-bottom: auto; } ol { padding: 0; list-style: none; }
+#earlier, .day { display: block; margin: .4rem auto; text-align: center; overflow-anchor: none; }
+li { display: block; content-visibility: auto; contain-intrinsic-size: auto 6rem; }
+li > div { width: fit-content; max-width: 88%; margin: .25rem 0; border-color: var(--mine); }
+.mine > div { margin-inline-start: auto; background: var(--mine); }
+li button { padding: 0 .5rem; min-height: 1.6rem; } li [name=choose] { padding: 0; border: 0; }
 .text { white-space: pre-wrap; unicode-bidi: plaintext; }
-.about { display: flex; flex-wrap: wrap; gap: 0 .75rem; font-size: .8rem; }
-[data-delivery=sent] .delivery { color: var(--good); }
-[data-delivery=queued] .delivery { color: var(--wait); }
-.error, [data-delivery=failed] .delivery { color: var(--bad); }
+.long .text { max-height: 10lh; overflow: hidden; }
+.quote { padding-inline-start: .5rem; border-inline-start: 3px solid var(--edge); flex: 1;
+    white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+/* Most messages wait for a moment only, too short to cancel them. */
+[name=cancel] { animation: late 1s step-end; } @keyframes late { from { visibility: hidden; } }
+output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+[hidden], p:empty, span:empty, #linked:empty ~ button, body:not(.in) .in, body:not(.out) .out,
+.closed .open, .mine [name=reply], li:not(.long) [name=fold], :not(.queued) + [name=cancel],
+.delivery:not(.failed) ~ [name=again] { display: none !important; }
 </style>
-
-<header class="row">
-    <h1>FactoryApp</h1>
-    <form id="session" class="row" hidden>
-        <span>Signed in as <b id="me"></b></span> <button>Log out</button>
-    </form>
+<header class="row apart"><h1>FactoryApp</h1>
+    <form class="row in"><b id="me"></b> <button name="log_out">Log out</button></form>
 </header>
-<p class="quiet">A Telegram bot repeats your messages in the chat that you link to your account.
-    What this page does, any program can do: README.md shows how, and the
-    <a href="openapi.json" target="_blank">OpenAPI description</a> has all fields.</p>
 <main>
 <noscript><p class="card">This page needs JavaScript. The API does not.</p></noscript>
-
-<form id="sign-in" class="card">
+<form id="sign-in" class="card out" autocapitalize="none">
     <h2>Log in <span class="open">or register</span></h2>
-    <label>Username <input name="username" autocomplete="username" autocapitalize="none"
-        spellcheck="false" required></label>
-    <label>Password <input name="password" type="password" autocomplete="current-password"
-        required></label>
-    <p class="quiet open">New here? Choose a name and a password of at least 8 characters, then
-        register.</p>
-    <p class="error" role="alert"></p>
-    <p class="row"><button class="main">Log in</button>
+    <p>A Telegram bot repeats your messages in the chat that you link to your account.</p>
+    <label class="field">Username <input name="username" autocomplete="username" autofocus></label>
+    <label class="field">Password
+        <input name="password" type="password" autocomplete="current-password"></label>
+    <p class="small open">New here? Choose a name and a password of at least 8 characters.</p>
+    <p class="row"><button name="log_in" class="main">Log in</button>
         <button name="register" class="open">Register</button></p>
 </form>
-
-<div id="signed-in" hidden>
-    <form id="telegram" class="card">
-        <h2>Telegram</h2>
-        <p id="linked" role="status"></p>
-        <p class="row"><button class="main" name="token" hidden>Link a chat</button>
-            <button name="unlink" hidden>Unlink</button></p>
-        <div id="link" role="status" hidden>
-            <p class="row"><a class="button main" target="_blank" rel="noreferrer">Open the bot in
-                Telegram</a></p>
-            <p class="how"></p> <code tabindex="0"></code> <p class="quiet"></p>
-        </div>
-        <p class="error" role="alert"></p>
-    </form>
-    <form id="compose" class="card">
-        <h2>Messages</h2>
-        <ol id="messages" role="log" tabindex="0" aria-label="Messages"></ol>
-        <p id="trouble" class="error" role="status"></p>
-        <label>To <input name="recipient" list="people" placeholder="yourself" autocomplete="off"
-            autocapitalize="none"></label>
+<form class="card in">
+    <p class="row"><span id="linked" role="status"></span> <button id="link" name="link"></button>
+        <button id="unlink" name="unlink">Unlink</button></p>
+    <div id="linking" class="row" role="status" hidden>
+        <a class="button main" target="_blank" rel="noreferrer"></a> <span></span>
+        <code tabindex="0"></code></div>
+</form>
+<div id="stream" class="card in" role="region" aria-label="Messages" tabindex="0"><div>
+    <button id="earlier" name="earlier" hidden>Earlier messages</button>
+    <ol id="messages"></ol>
+    <p id="nothing" class="small"></p></div></div>
+<p id="trouble" class="error" role="status"></p>
+<p id="complaint" class="error" role="alert"></p>
+<form id="compose" class="card in" autocomplete="off">
+    <p class="row"><label class="field">To <input name="recipient" type="search" list="people"
+            placeholder="yourself" autocapitalize="none"></label>
         <datalist id="people"></datalist>
-        <label>Message <textarea name="text" required></textarea></label>
-        <p class="error" role="alert"></p>
-        <p class="row"><button class="main">Send</button>
-            <span class="quiet">or press Ctrl and Enter</span></p>
-    </form>
-</div>
+        <label><input id="only" type="checkbox"> <span id="whom"></span></label></p>
+    <label class="field">Message <textarea name="text" autofocus></textarea></label>
+    <p class="row apart"><button id="send" name="send" class="main" title="Ctrl Enter"></button>
+        <label class="row">Send at <input name="later" type="datetime-local"></label></p>
+    <p id="answering" class="row" hidden><span class="small quote"></span>
+        <button name="forget">Do not answer it</button></p>
+</form>
 </main>
-
-<template id="message"><li>
+<footer class="small">What this page does, any program can do: see README.md and
+    <a href="openapi.json" target="_blank">openapi.json</a>. <output id="news"></output></footer>
+<template id="message"><li><p class="day small"></p><div>
+    <p class="row small"><span class="who"></span> <button name="choose"></button> <time></time></p>
+    <p class="quote small"></p>
     <p class="text"></p>
-    <p class="about"><b></b> <time></time> <span class="source"></span>
-        <span class="delivery"></span></p>
-</li></template>
-
-<script>
-"use strict";
-const WATCH_MS = 2000, TIMEOUT_MS = 20000;
-const SHOWN = 50, MOST = 1000;  // messages: on the page, in one answer
-// Deliveries that change no more.
-const SETTLED = {sent: "sent", failed: "failed", cancelled: "cancelled",
-    unlinked: "unlinked: no chat to send it to"};
+    <p class="row small"><button name="fold">Show all</button>
+        <span class="delivery"></span> <button name="cancel">Cancel</button>
+        <button name="again">Send again</button> <button name="reply">Reply</button></p>
+</div></li></template>
+<script>"use strict";
+const SHOWN = 50;  // messages, at first and at each "Earlier messages"
+const WATCHED = 150;  // messages whose delivery is watched; an answer of more than 200 has no ETag
+const MOST = 300;  // messages that are shown when no earlier ones are asked for: more are slow
+const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, CROWDED_SECONDS = 5;
+const WORDS = [  // of the server, and ours for people
+    ["No active account found with the given credentials", "Wrong username or password."],
+    [/(This field may not be blank. ?)+/, "Write a name and a password."],
+    [/Request was throttled. Expected available/, "Too many tries. Try again"],
+    ["No such user.", "Nobody here has that name: choose another."],
+    [/Ensure this field has no more than (\d+) char/, "This is too long: at most $1 char"],
+];
+const HOUR = new Intl.DateTimeFormat([], {timeStyle: "short"});
+const DAY = new Intl.DateTimeFormat([], {dateStyle: "full"});
+const MOMENT = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
 const $ = (id) => document.getElementById(id);
-const write = (element, words) => {
-    if (element.textContent !== words) element.textContent = words;
-};
-const localTime = (iso) =>
-    new Date(iso).toLocaleString([], {dateStyle: "medium", timeStyle: "short"});
-const refusal = (status, sentence) => Object.assign(new Error(sentence), {status});
-let session = null;  // {access, refresh, username, seen, isWatching}: kept nowhere but here
-let posted = {};  // what was posted last, and the key that keeps a second try from posting it twice
-
-// Answers the JSON that came, or throws what to tell people.
-async function send(method, path, body, headers) {
+const write = (at, words) => { if (at.textContent !== words) at.textContent = words; };
+const recall = (name) => JSON.parse(sessionStorage.getItem(name));
+const keep = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
+const items = new Map();  // message id: its <li>
+let session = recall("session");  // {username, refresh, access}, or null
+let draft = recall("draft");  // {username, recipient, later, text, reply_to, key}, or null
+let waiting = new AbortController();  // ends the request that waits for news, or a pause
+// Asks the server, as who is signed in, with an access token that is renewed once. Answers
+// {status, value, etag}, or throws what to tell people.
+async function ask(method, path, {body, headers, signal, seconds = 20, isLast} = {}) {
+    const signals = [AbortSignal.timeout(seconds * 1000), signal].filter(Boolean);
+    const bearer = session && {Authorization: `Bearer ${session.access}`};
     const answer = await fetch(path, {
-        method, headers: {...headers, "Content-Type": "application/json"}, cache: "no-store",
-        body: JSON.stringify(body), signal: AbortSignal.timeout(TIMEOUT_MS),
-    }).catch(() => {
-        throw refusal(0, "The server cannot be reached. Check the connection, then try again.");
-    });
-    const value = answer.status === 204 ? {} : await answer.json().catch(() => null);
-    if (answer.ok && value) return value;
-    const fields = Object.entries(value || {}).map(
-        ([field, sentences]) => `${field}: ${[sentences].flat().join(" ")}`);
-    const pause = answer.headers.get("Retry-After") || "some";
-    if (answer.status === 429)
-        throw refusal(429, `Too many tries. Wait ${pause} seconds, then try again.`);
-    throw refusal(answer.status, value?.detail || fields.join(" ") ||
-        `The server is out of order (status ${answer.status}). Try again later.`);
-}
-
-// Asks as who is signed in; an access token that is too old is renewed once.
-async function ask(method, path, body, headers) {
-    const mine = session;
-    const attempt = () =>
-        send(method, path, body, {...headers, Authorization: `Bearer ${mine.access}`});
-    const value = await attempt().catch(async (error) => {
-        if (error.status !== 401) throw error;
-        mine.access = (await send("POST", "auth/token/refresh/", {refresh: mine.refresh})).access;
-        return attempt();
-    }).catch((error) => {
-        if (error.status === 401 && session === mine)
-            signOut("Your session has ended. Please log in again.");
-        throw error;
-    });
-    if (session !== mine) throw refusal(0, "You have logged out.");
-    return value;
-}
-
-const LINKED = {
-    linked: "A chat is linked: the bot repeats your messages there.",
-    elsewhere: "A chat is linked to another bot. Link one to this bot: what waits moves along.",
-    none: "No chat is linked yet, so the bot has nowhere to repeat your messages.",
-};
-function showAccount({username, telegram}) {
-    write($("me"), session.username = username);
-    write($("linked"), LINKED[telegram]);
-    $("telegram").elements.token.hidden = telegram === "linked";
-    $("telegram").elements.unlink.hidden = telegram === "none";
-    $("link").hidden ||= telegram === "linked";
-}
-
-function showLink({telegram_token, expires_at, link, bot}) {
-    if (!bot) throw refusal(0, "Telegram is not reached yet. Try again in a moment.");
-    const [button, how, code, until] = $("link").querySelectorAll("a, .how, code, .quiet");
-    button.href = link || "";
-    button.parentElement.hidden = !link;
-    write(how, link ? "Or send it this:"
-        : "The bot talks in the terminal where the server runs. Type this line there:");
-    write(code, telegram_token);
-    write(until, `It works once, until ${localTime(expires_at)}.`);
-    $("link").hidden = false;
-}
-
-function showMessages(messages) {
-    const list = $("messages");
-    const wasAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
-    for (const message of messages) {
-        const next = [...list.children].find((item) => item.dataset.id >= message.id) || null;
-        const item = next?.dataset.id === String(message.id) ? next
-            : list.insertBefore(newItem(message), next);
-        item.dataset.delivery = message.delivery;
-        write(item.querySelector(".delivery"), SETTLED[message.delivery] || message.delivery);
+        method, headers: {...headers, ...bearer, "Content-Type": "application/json"},
+        body: JSON.stringify(body), cache: "no-store", signal: AbortSignal.any(signals),
+    }).catch(() => { throw new Error("The server cannot be reached."); });
+    const {status} = answer, isEmpty = status === 204 || status === 304;
+    const value = isEmpty ? [] : await answer.json().catch(() => null);
+    if (value && (answer.ok || isEmpty)) return {status, value, etag: answer.headers.get("ETag")};
+    if (status === 401 && session && !isLast) {
+        const renewal = {body: {refresh: session.refresh}, isLast: true};
+        const {value} = await ask("POST", "auth/token/refresh/", renewal);
+        keep("session", Object.assign(session, value));
+        return ask(method, path, {body, headers, signal, seconds, isLast: true});
     }
-    while (list.children.length > SHOWN) list.firstElementChild.remove();
-    if (wasAtEnd) list.scrollTop = list.scrollHeight;
+    if (status === 401 && session)
+        beginAnew(null, "Your session has ended. Log in again: what you wrote is kept.");
+    const said = value?.detail || Object.values(value || {}).flat().join(" ")
+        || `The server is out of order (status ${status}). Try again later.`;
+    throw new Error(WORDS.reduce((words, pair) => words.replace(...pair), said));
+}
+// Nothing of one account is left in the page for the next.
+function beginAnew(session, complaint = "") {
+    keep("session", session);
+    keep("complaint", complaint);
+    location.reload();
+}
+async function showAccount() {
+    const {telegram} = (await ask("GET", "api/users/me/")).value;
+    const {bot} = telegram === "linked" ? (await ask("GET", "health/")).value : {};
+    const home = bot === "terminal" ? "the terminal of the server" : bot || "Telegram";
+    write($("linked"), {linked: `Linked to ${home}`, elsewhere: "Linked to another bot",
+        none: "No chat of yours is linked yet"}[telegram]);
+    write($("link"), telegram === "none" ? "Link a chat" : "Link again");
+    $("link").hidden = telegram === "linked";
+    $("unlink").hidden = telegram === "none";
+    $("linking").hidden ||= $("link").hidden;
 }
 
-function newItem({id, sender, recipient, text, created_at, source}) {
-    const item = $("message").content.firstElementChild.cloneNode(true), me = session.username;
-    const [words, who, time, from] = item.querySelectorAll(".text, b, time, .source");
-    item.dataset.id = id;
-    if (sender === me) item.className = "mine";
-    write(words, text);
-    write(who, sender !== me ? sender : recipient === me ? "You" : `You to ${recipient}`);
-    write(time, localTime(created_at));
-    write(from, source === "telegram" ? "written to the bot" : "");
+const isMine = ({sender}) => sender === session.username;
+const otherOf = (message) => isMine(message) ? message.recipient : message.sender;
+const nameOf = (person) => person === session.username ? "yourself" : person;
+const chosen = () => draft.recipient.trim().normalize("NFKC") || session.username;
+// Adds those of these messages, in their order, that are new, and shows the deliveries of all.
+function showMessages(messages, add = "append") {
+    $("messages")[add](...messages.filter(({id}) => !items.has(id)).map(newItem));
+    messages.filter(isMine).forEach(showDelivery);
+    arrange(add === "append" && $("stream").scrollTop > -40);
+}
+function newItem(message) {
+    const item = $("message").content.firstElementChild.cloneNode(true);
+    const [who, choose, time, answers, text] = item.querySelectorAll(
+        ".who, [name=choose], time, .quote, .text");
+    const other = nameOf(otherOf(message)), date = new Date(message.created_at);
+    const lines = message.text.split("\n").reduce((sum, line) => sum + 1 + line.length / 70, 0);
+    items.set(message.id, Object.assign(item, {message, day: DAY.format(date)}));
+    item.classList.toggle("mine", isMine(message));
+    item.classList.toggle("long", lines > 20);
+    write(who, !isMine(message) ? "" : other === "yourself" ? "Note to" : "You to");
+    write(choose, other);
+    write(time, HOUR.format(date) + (message.source === "telegram" ? ", through the bot" : ""));
+    write(text, message.text);
+    if (message.reply_to) quote(answers, message.reply_to);
     return item;
 }
-
-async function listPeople() {
-    // Without them, one types the whole name.
-    const people = await ask("GET", "api/users/?limit=1000").catch(() => []);
-    $("people").replaceChildren(...people.map(({username}) => new Option(username)));
+function showDelivery(message) {
+    const item = items.get(message.id), element = item.querySelector(".delivery");
+    const {delivery, failure, send_at, recipient} = item.message = message;
+    element.className = `delivery ${delivery}`;
+    write(element, {
+        queued: send_at ? `goes out ${MOMENT.format(new Date(send_at))}` : "waiting",
+        sent: "delivered", cancelled: "cancelled",
+        failed: `not delivered: ${failure?.replace(/^\d+ [\w ]+: /, "")}`,
+        unlinked: `${isMine({sender: recipient}) ? "you have" : `${recipient} has`} no chat linked`,
+    }[delivery]);
 }
-
-// What is new, and how the deliveries go on: all from the first that is not settled.
+async function quote(at, id) {
+    write(at, "Answers an earlier message");
+    const message = items.get(id)?.message
+        || await ask("GET", `api/messages/${id}/`).then(({value}) => value, () => null);
+    if (message) write(at, `Answers ${isMine(message) ? "you" : message.sender}: ${message.text}`);
+}
+// Hides what the filter is not for, and says where a day begins.
+function arrange(mayForget) {
+    const person = $("only").checked && chosen(), old = [...$("messages").children].slice(0, -MOST);
+    if (mayForget && old.length) {
+        old.forEach((item) => items.delete(item.message.id) && item.remove());
+        $("earlier").hidden = false;
+    }
+    let day = "";
+    for (const item of $("messages").children) {
+        item.hidden = person && otherOf(item.message) !== person;
+        if (!item.hidden) write(item.firstElementChild, item.day === day ? "" : day = item.day);
+    }
+    write($("nothing"), day ? "" : "No messages yet.");
+}
+// Keeps the draft until it is sent, and says where it goes. Another message needs another key.
+function changeDraft(change) {
+    keep("draft", draft = {...draft, key: "", ...change});
+    const {elements} = $("compose"), isNote = chosen() === session.username;
+    for (const name of ["recipient", "later", "text"])
+        if (elements[name].value !== draft[name]) elements[name].value = draft[name];
+    write($("send"), isNote ? "Note to yourself" : `Send to ${chosen()}`);
+    write($("whom"), isNote ? "Only notes to yourself" : `Only the talk with ${chosen()}`);
+    $("answering").hidden = !draft.reply_to;
+    if (change.reply_to) quote($("answering").firstElementChild, draft.reply_to);
+    if ("recipient" in change) arrange($("only").checked);
+}
+async function post(body, key) {
+    await ask("POST", "api/messages/", {body, headers: {"Idempotency-Key": key}});
+    $("stream").scrollTop = 0;
+    waiting.abort();
+}
+// What the buttons do, by their names.
+const account = () => ({body: Object.fromEntries(new FormData($("sign-in")))});
+const DO = {
+    register: () => ask("POST", "api/users/register/", account()).then(DO.log_in),
+    async log_in() {
+        session = (await ask("POST", "auth/token/", account())).value;
+        beginAnew({...session, ...(await ask("GET", "api/users/me/")).value});
+    },
+    async log_out() {
+        await ask("POST", "auth/token/blacklist/", {body: {refresh: session.refresh}});
+        keep("draft", null);
+        beginAnew(null);
+    },
+    async link() {
+        const {value} = await ask("GET", "api/users/get-telegram-token/"), {bot, link} = value;
+        const [open, how, code] = $("linking").children;
+        write($("link"), bot ? "New code" : "Try again");
+        if (!bot) throw new Error("Telegram is not reached yet.");
+        Object.assign(open, {hidden: !link, href: link, textContent: `Open ${bot} in Telegram`});
+        write(how, link ? "or send it this code within 10 minutes:"
+            : "In the terminal where the server runs, type this code within 10 minutes:");
+        write(code, value.telegram_token);
+        $("linking").hidden = false;
+    },
+    async unlink() {
+        const {value} = await ask("GET", "api/messages/?delivery=queued&limit=1000");
+        const lost = value.filter(({recipient}) => recipient === session.username).length;
+        if (!confirm(`Unlink this chat? Messages that wait for it are given up: ${lost}.`)) return;
+        await ask("POST", "api/users/unlink-telegram/");
+        await showAccount();
+    },
+    async earlier() {
+        const before = $("messages").firstElementChild?.message.id || Number.MAX_SAFE_INTEGER;
+        const {value} = await ask("GET", `api/messages/?before=${before}&limit=${SHOWN}`);
+        showMessages(value, "prepend");
+        $("earlier").hidden = value.length < SHOWN;
+        // The filter may hide them all.
+        if (!$("earlier").hidden && value.every(({id}) => items.get(id).hidden)) await DO.earlier();
+    },
+    choose: ({message}) => changeDraft({recipient: otherOf(message), reply_to: null}),
+    reply: ({message}) => changeDraft({recipient: message.sender, reply_to: message.id}),
+    forget: () => changeDraft({reply_to: null}),
+    fold: (item) => item.classList.remove("long"),
+    cancel: ({message}) => ask("DELETE", `api/messages/${message.id}/`)
+        .then(({value}) => showMessages([value])),
+    // By a key of its own: once only.
+    again: ({message: {id, text, recipient}}) => post({text, recipient}, `again-${id}`),
+    async send() {
+        if (!draft.text.trim()) throw new Error("Write something first.");
+        if (Date.parse(draft.later) < Date.now()) throw new Error("Choose a time still to come.");
+        changeDraft({key: draft.key || crypto.getRandomValues(new Uint32Array(4)).join("-")});
+        const {text, later, reply_to, key} = draft;
+        const send_at = later ? new Date(later).toISOString() : undefined;
+        await post({text, recipient: chosen(), send_at, reply_to: reply_to || undefined}, key);
+        if (draft.key === key) changeDraft({text: "", later: "", reply_to: null});
+    },
+};
+// One thing at a time; why it failed is said.
+async function press(event) {
+    const button = event.submitter || event.target;
+    event.preventDefault();
+    if (!button.name || document.body.ariaBusy) return;
+    document.body.ariaBusy = "true";
+    write($("complaint"), "");
+    const act = async () => DO[button.name](button.closest("li"));
+    const complaint = await act().then(() => "", (error) => error.message);
+    document.body.ariaBusy = null;
+    write($("complaint"), complaint);
+    if (["choose", "reply"].includes(button.name)) $("compose").elements.text.focus();
+    else if (!button.checkVisibility()) $("stream").focus();
+}
+const pause = (seconds, signal) => new Promise((resume) => {
+    setTimeout(resume, seconds * 1000);
+    signal.addEventListener("abort", resume);
+});
+// Shows what is new, as it comes. A hidden tab asks seldom: a browser has but six connections.
 async function watch() {
-    const mine = session;
-    if (!mine || mine.isWatching || document.hidden) return;
-    mine.isWatching = true;
-    try {
-        showAccount(await ask("GET", "api/users/me/"));
-        const moving = [...$("messages").children].filter(
-            (item) => !SETTLED[item.dataset.delivery]);
-        const after = Math.min(mine.seen, ...moving.map((item) => item.dataset.id - 1));
-        const range = mine.seen === undefined ? `before=9223372036854775807&limit=${SHOWN}`
-            : `after=${after}&limit=${MOST}`;
-        const messages = await ask("GET", `api/messages/?${range}`);
-        showMessages(messages);
-        mine.seen = Math.max(mine.seen || 0, ...messages.map((message) => message.id));
-        write($("trouble"), "");
-    } catch (error) {
-        if (session === mine) write($("trouble"), error.message);
-    } finally {
-        mine.isWatching = false;
+    for (let last = null;;) {
+        const {signal} = waiting = new AbortController();
+        try {
+            if (last && document.hidden) await pause(HIDDEN_SECONDS, signal);
+            last = last ? await listNews(last, signal) : await DO.earlier().then(showAccount) || {};
+            if ($("trouble").textContent) write($("complaint"), "");
+            write($("trouble"), "");
+        } catch (error) {
+            if (signal.aborted) continue;
+            write($("trouble"), "What is new does not arrive now. Trying again.");
+            await pause(RETRY_SECONDS, signal);
+        }
     }
 }
-
-// `act` gets the form's fields and the name of the button; what it throws is shown in the form.
-function onSubmit(id, act) {
-    const form = $(id), buttons = form.querySelectorAll("button");
-    const complaint = form.querySelector("[role=alert]");
-    form.addEventListener("submit", async (event) => {
-        event.preventDefault();
-        if (buttons[0].disabled) return;
-        const mine = session, focused = document.activeElement;
-        buttons.forEach((button) => { button.disabled = true; });
-        complaint?.replaceChildren();
-        try {
-            await act(form.elements, event.submitter?.name);
-        } catch (error) {
-            if (session === mine) complaint?.append(error.message);
-        }
-        buttons.forEach((button) => { button.disabled = false; });
-        if (document.activeElement === document.body) focused.focus();
-    });
+// What follows on the last that is shown, or on the one before the first that still waits: by its
+// ETag, the same comes only once it has changed.
+async function listNews({after, etag}, signal) {
+    const seen = $("messages").lastElementChild?.message.id || 0;
+    const first = document.querySelector(`li:nth-last-child(-n + ${WATCHED}) .queued`);
+    const from = first ? first.closest("li").message.id - 1 : seen;
+    const wait = document.hidden || $("trouble").textContent ? 0 : WAIT_SECONDS, began = Date.now();
+    const headers = after === from && etag ? {"If-None-Match": etag} : {};
+    const path = `api/messages/?after=${from}&limit=200&wait=${wait}`;
+    const answer = await ask("GET", path, {headers, signal, seconds: wait + 15});
+    showMessages(answer.value);
+    const news = answer.value.findLast((message) => message.id > seen && !isMine(message));
+    if (news) write($("news"), `${news.sender}: ${news.text}`.slice(0, 300));
+    if (answer.value.length) await showAccount();
+    // Too many wait already, or the messages are too long for an ETag.
+    const isCrowded = wait && answer.status === 304 && Date.now() - began < 1000;
+    if (!answer.etag || isCrowded) await pause(CROWDED_SECONDS, signal);
+    return {after: from, etag: answer.etag};
 }
 
-onSubmit("sign-in", async ({username, password}, button) => {
-    const account = {username: username.value, password: password.value};
-    if (button === "register") await send("POST", "api/users/register/", account);
-    session = await send("POST", "auth/token/", account).catch((error) => {
-        throw error.status === 401 ? refusal(401, "Wrong username or password.") : error;
+document.body.className = session ? "in" : "out";
+write($("complaint"), recall("complaint") || "");
+keep("complaint", "");
+document.addEventListener("submit", press);
+if (session) {
+    const isKept = draft?.username === session.username;
+    if (!isKept) draft = {username: session.username, recipient: "", later: "", text: ""};
+    write($("me"), session.username);
+    changeDraft({...draft});
+    watch();
+    const refresh = () => document.hidden || showAccount().catch(() => {});
+    setInterval(() => $("linking").hidden || refresh(), 3000);
+    window.addEventListener("focus", refresh);
+    document.addEventListener("visibilitychange", () => waiting.abort());
+    $("stream").addEventListener("click", press);
+    const {recipient, text} = $("compose").elements;
+    recipient.addEventListener("focus", async () => {
+        const {value} = await ask("GET", "api/users/?limit=1000").catch(() => ({value: []}));
+        $("people").replaceChildren(...value.map(({username}) => new Option(username)));
     });
-    password.value = "";
-    $("sign-in").hidden = true;
-    $("session").hidden = $("signed-in").hidden = false;
-    listPeople();
-    await watch();
-    const {token} = $("telegram").elements;
-    (token.hidden ? $("compose").elements.text : token).focus();
-});
-
-function signOut(sentence) {
-    session = null;
-    posted = {};
-    for (const form of document.forms) form.reset();
-    const personal = "#messages, #people, #me, #linked, #link code, .error";
-    for (const element of document.querySelectorAll(personal)) write(element, "");
-    $("link").querySelector("a").href = "";
-    $("session").hidden = $("signed-in").hidden = $("link").hidden = true;
-    $("sign-in").hidden = false;
-    $("sign-in").elements.username.focus();
-    write($("sign-in").querySelector("[role=alert]"), sentence);
+    text.addEventListener("keydown", (event) => {
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("send").click();
+    });
+    $("compose").addEventListener("input", ({target}) => {
+        write($("complaint"), "");
+        if (target.name) changeDraft({[target.name]: target.value});
+        else arrange(true);
+    });
 }
-
-onSubmit("session", async () => {
-    const {refresh} = session;
-    signOut("");
-    await send("POST", "auth/token/blacklist/", {refresh});
-});
-
-onSubmit("telegram", async (fields, button) => {
-    if (button === "token") return showLink(await ask("GET", "api/users/get-telegram-token/"));
-    await ask("POST", "api/users/unlink-telegram/");
-    showAccount({...session, telegram: "none"});
-});
-
-onSubmit("compose", async ({recipient, text}) => {
-    const body = {text: text.value, recipient: recipient.value.trim() || undefined};
-    const words = JSON.stringify(body);
-    if (posted.words !== words)
-        posted = {words, key: crypto.getRandomValues(new Uint32Array(4)).join("-")};
-    showMessages([await ask("POST", "api/messages/", body, {"Idempotency-Key": posted.key})]);
-    posted = {};
-    if (text.value === body.text) text.value = "";
-    $("messages").scrollTop = $("messages").scrollHeight;
-});
-
-$("compose").elements.recipient.addEventListener("focus", listPeople);
-$("compose").elements.text.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("compose").requestSubmit();
-});
-document.addEventListener("visibilitychange", watch);
-setInterval(watch, WATCH_MS);
 </script>
 """
 
@@ -3115,7 +3170,8 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": (
         f"default-src 'none'; script-src {csp_hash('script')}; style-src {csp_hash('style')}; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     ),
 }
 
@@ -4010,7 +4066,7 @@ TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 def show_page():
     """Show the page.
 
-    For people with a browser, who can try all requests in it.
+    A chat for people with a browser, made of the requests below.
     """
     response.headers.update(PAGE_HEADERS)
     return PAGE.replace("<main>", f'<main class="{settings.registration}">').encode()
