@@ -8152,6 +8152,8 @@ def password_prompt(folder):
         stdout=its_end,
         stderr=its_end,
         start_new_session=True,
+        # As in a terminal, though the tests may run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     os.close(its_end)
     with open(terminal, "r+b", buffering=0) as terminal, process:
