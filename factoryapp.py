@@ -1445,13 +1445,12 @@ def list_old_messages(db, after):
 
 def delete_messages(db, ids):
     """Forget messages, and what stands on them."""
-    for column in (
-        "relayed.message_id",
-        "idempotency_keys.message_id",
-        "outbox.message_id",
-        "messages.id",
+    for table, column in (
+        ("relayed", "message_id"),
+        ("idempotency_keys", "message_id"),
+        ("outbox", "message_id"),
+        ("messages", "id"),
     ):
-        table = column.split(".")[0]
         db.run(
             f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
             json.dumps(ids),
@@ -1674,7 +1673,7 @@ def fail_messages(db, message_ids, reason):
         reason,
         json.dumps(message_ids),
     ).fetchall()
-    db.changed_for.update(*(row[:2] for row in failed))
+    db.changed_for.update(*failed)
     return failed
 
 
@@ -2201,6 +2200,11 @@ def clean(text):
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
+def pick_chat(message):
+    """The id of the chat that a message is in, or None."""
+    return pick(pick(message, "chat", dict), "id", int)
+
+
 def parse_command(text):
     """(name, argument) of a command like "/start@bot TOKEN"; (None, "") for any other text."""
     if command := COMMAND.fullmatch(text.strip()):
@@ -2313,8 +2317,7 @@ def find_addressee(db, chat, user, replied):
 
 def press(db, bot_id, query):
     """Make a pressed button its user's answer, once. What to tell who pressed, None: nothing."""
-    chat_id = pick(pick(pick(query, "message", dict), "chat", dict), "id", int)
-    user = find_chat_user(db, bot_id, chat_id)
+    user = find_chat_user(db, bot_id, pick_chat(pick(query, "message", dict)))
     numbers = re.fullmatch("([0-9]{1,18}):([0-9])", pick(query, "data", str) or "")
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
@@ -2342,12 +2345,12 @@ def receive(bot_id, update):
             return press(db, bot_id, query)
         for kind in Telegram.allowed_updates:
             message = pick(update, kind, dict)
-            where = pick(message, "chat", dict)
-            chat = bot_id, pick(where, "id", int)
+            chat = bot_id, pick_chat(message)
             if chat[1] is None:
                 continue
-            if pick(where, "type", str) != "private":
-                overhear(db, chat, pick(where, "type", str), kind, message)
+            chat_type = pick(message["chat"], "type", str)
+            if chat_type != "private":
+                overhear(db, chat, chat_type, kind, message)
             elif kind == "message":
                 hear_once(db, chat, message, update["update_id"])
             elif set_edited(
@@ -2640,11 +2643,10 @@ class Telegram(Home):
         """
         is_reached = True
         message = pick(query, "message", dict)
-        chat_id = pick(pick(message, "chat", dict), "id", int)
         calls = [(apihelper.answer_callback_query, pick(query, "id", str), said)]
         if said is None:
             message_id = pick(message, "message_id", int)
-            calls.append((apihelper.edit_message_reply_markup, chat_id, message_id))
+            calls.append((apihelper.edit_message_reply_markup, pick_chat(message), message_id))
         for call, *arguments in calls:
             try:
                 call(self.token, *arguments)
@@ -3453,10 +3455,16 @@ def sign_in():
         return None
     if len(rest) != 1:
         raise HTTPError(401, NOT_TWO_VALUES)
-    if rest[0].startswith(KEY_PREFIX):
-        return sign_in_by_key(rest[0])
+    by = sign_in_by_key if rest[0].startswith(KEY_PREFIX) else sign_in_by_token
+    user = by(rest[0])
+    request.environ["factoryapp.user_id"] = user["id"]
+    return user
+
+
+def sign_in_by_token(token):
+    """The user of an access token. Raises HTTPError 401."""
     try:
-        claims = read_access_token(rest[0])
+        claims = read_access_token(token)
     except TokenError as error:
         raise HTTPError(401, refuse_access_token(error)) from None
     if "user_id" not in claims:
@@ -3466,7 +3474,6 @@ def sign_in():
         raise HTTPError(401, USER_NOT_FOUND)
     if was_ended(claims, user):
         raise HTTPError(401, PASSWORD_CHANGED)
-    request.environ["factoryapp.user_id"] = user["id"]
     return user
 
 
@@ -3477,7 +3484,6 @@ def sign_in_by_key(key):
         raise HTTPError(401, refuse_access_token(TokenError("Token is invalid")))
     if user["last_used_on"] != time[:10]:
         used_keys.add(user["key_id"])
-    request.environ["factoryapp.user_id"] = user["id"]
     return user
 
 
@@ -3705,11 +3711,11 @@ class Several:
             if self.least == 1:
                 return self.item.read(value)
             raise Refused("Expected a list of items.")
-        # No more than these: there may be 100,000, and each takes its time.
-        read = value[: 2 * self.most]
-        texts = list(dict.fromkeys(map(self.item.read, read)))
-        is_repeated = len(texts) < len(value) and (self.least > 1 or len(read) < len(value))
-        if is_repeated or not self.least <= len(texts) <= self.most:
+        # No more are read: there may be 100,000, and each takes its time.
+        longest = 2 * self.most
+        texts = list(dict.fromkeys(map(self.item.read, value[:longest])))
+        is_repeated = self.least > 1 and len(texts) < len(value)
+        if is_repeated or len(value) > longest or not self.least <= len(texts) <= self.most:
             raise Refused(f"Give {self.least} to {self.most} different items.")
         return texts
 
