@@ -1120,9 +1120,9 @@ def test_outbox_is_looked_at_only_when_something_was_written_or_the_clock_steps(
 
 def test_upkeep_that_waited_for_other_writers_is_soon_back(http, telegram, clock, monkeypatch):
     monkeypatch.setattr(factoryapp, "note_used_keys", lambda: clock.move(3))
-    stop = StopAtFirstPause()
+    stop = StopAtPause()
     factoryapp.run_upkeep(telegram, stop)
-    assert stop.seconds == factoryapp.UPKEEP_SECONDS
+    assert stop.pauses[-1] == factoryapp.UPKEEP_SECONDS
 
 
 # --- Store ----------------------------------------------------------------------------------------
@@ -1453,9 +1453,9 @@ def forget(days, monkeypatch):
     """Forget what is older, all of it; how long it would be until the next search."""
     monkeypatch.setattr(factoryapp.settings, "keep_days", days)
     monkeypatch.setattr(factoryapp, "FORGET_PAUSE_SECONDS", 0)
-    stop = StopAtFirstPause()
+    stop = StopAtPause()
     factoryapp.run_forgetting(stop)
-    return stop.seconds
+    return stop.pauses[-1]
 
 
 @pytest.mark.parametrize("rows", [2, 50])
@@ -1564,17 +1564,11 @@ def test_program_forgets_old_messages_once_it_runs_even_those_of_version_1(versi
     assert post(program.http, alice, "new")["id"] == 4
 
 
-def restart(home):
-    """Begin with the queues that the database has, as the program does."""
-    queues = factoryapp.list_queues(factoryapp.connection(), home.id)
-    factoryapp.turns.open(home.id, queues)
-
-
 def test_pause_that_telegram_asked_for_outlives_a_restart(http, telegram, bot_api, clock, linked):
     bot_api.failures[7].append(RETRY_AFTER_9)
     post(http, linked, "one")
     deliver_all(telegram)
-    restart(telegram)
+    reopen_turns(telegram)
     clock.move(8.9)
     post(http, linked, "two")
     deliver_all(telegram)
@@ -1591,7 +1585,7 @@ def test_restart_with_the_clock_set_back_makes_no_pause_longer_than_it_was(
     post(http, linked, "one")
     deliver_all(telegram)
     clock.move(-365 * 86_400)
-    restart(telegram)
+    reopen_turns(telegram)
     clock.move(9)
     deliver_all(telegram)
     assert len(bot_api.texts(7)) == 1
@@ -2072,9 +2066,9 @@ def test_chat_comes_up_again_after_a_round_that_failed(
 def test_fault_of_ours_in_a_delivery_ends_no_sender(http, telegram, linked, monkeypatch, caplog):
     monkeypatch.setattr(factoryapp, "deliver", lambda *args: 1 / 0)
     post(http, linked, "one")
-    stop = StopAtFirstPause()
+    stop = StopAtPause()
     factoryapp.run_outbox(telegram, stop)
-    assert stop.seconds and "ZeroDivisionError" in caplog.text
+    assert stop.pauses[-1] and "ZeroDivisionError" in caplog.text
 
 
 ODD_EXCEPTIONS = [
@@ -3218,8 +3212,7 @@ def test_text_only_is_said_once_in_five_seconds_and_once_for_an_album(
 def reopen(telegram):
     """What a restart forgets, is forgotten."""
     telegram.__init__(BOT_TOKEN, factoryapp.apihelper.API_URL.partition("/bot")[0])
-    queues = factoryapp.list_queues(factoryapp.connection(), telegram.id)
-    factoryapp.turns.open(telegram.id, queues)
+    reopen_turns(telegram)
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -3791,7 +3784,7 @@ def test_token_of_the_bot_enters_no_log_and_no_row_whatever_an_answer_quotes(
         for method in ("getMe", "setMyCommands", "getUpdates"):
             bot_api.failures[method].append(failure)
         for _ in range(2):
-            telegram.run(StopAtFirstPause())
+            telegram.run(StopAtPause())
         assert not any(bot_api.failures.values())
     rows = "\n".join(factoryapp.connection().iterdump())
     assert "failed" in caplog.text + rows and "…" in caplog.text + rows
@@ -3850,9 +3843,9 @@ def test_updates_that_make_no_sense_are_not_asked_for_at_once_again(http, telegr
 
 def test_polling_waits_as_long_as_telegram_tells_it_to(telegram, bot_api):
     bot_api.failures["getUpdates"].append(RETRY_AFTER_9)
-    stop = StopAtFirstPause()
+    stop = StopAtPause()
     telegram.run(stop)
-    assert stop.seconds == pytest.approx(9, abs=1)
+    assert stop.pauses[-1] == pytest.approx(9, abs=1)
 
 
 @pytest.mark.parametrize("retry_after", [10_072, 10**10, 9e18])
@@ -3874,9 +3867,9 @@ def test_polling_outlives_the_longest_pause(telegram, bot_api, monkeypatch, retr
 @pytest.mark.parametrize("retry_after", [-1, "x", None, math.inf, math.nan, 1e300, True, [9]])
 def test_senseless_retry_after_leaves_polling_its_own_pause(telegram, bot_api, retry_after):
     bot_api.failures["getUpdates"].append(too_many_requests(retry_after))
-    stop = StopAtFirstPause()
+    stop = StopAtPause()
     telegram.run(stop)
-    assert 1 <= stop.seconds <= 2
+    assert 1 <= stop.pauses[-1] <= 2
 
 
 @pytest.mark.parametrize("failure", ["drips", "drips from its first byte"])
@@ -3932,7 +3925,7 @@ def test_proxy_that_drips_does_not_deafen_the_bot(telegram, bot_api, monkeypatch
 class StopAtPause(threading.Event):
     """A stop event that is set once somebody would have had to wait for it so many times."""
 
-    def __init__(self, count):
+    def __init__(self, count=1):
         super().__init__()
         self.count, self.pauses = count, []
 
@@ -4020,22 +4013,10 @@ def test_telegram_that_cannot_be_reached_is_logged_with_its_host_and_what_failed
     factoryapp.apihelper._get_req_session(reset=True)
     monkeypatch.setattr(socket.socket, "connect", fail)
     caplog.set_level("WARNING")
-    home.run(StopAtFirstPause())
+    home.run(StopAtPause())
     [line] = [record.getMessage() for record in caplog.records]
     assert f"Telegram cannot be reached at bot.test: {words}, Conn" in line
     assert not any(secret in line for secret in ("AAtest", "password", "path"))
-
-
-class StopAtFirstPause(threading.Event):
-    """A stop event that is set once somebody would have had to wait for it."""
-
-    seconds = None
-
-    def wait(self, seconds=None):
-        if seconds:
-            self.seconds = seconds
-            self.set()
-        return self.is_set()
 
 
 def test_webhook_that_keeps_the_bot_from_polling_is_deleted(telegram, bot_api, monkeypatch):
@@ -4086,7 +4067,7 @@ def test_polling_goes_on_after_a_failure(http, telegram, bot_api, monkeypatch, f
 def test_nobody_to_talk_to_is_a_warning(http, monkeypatch, caplog, mode):
     with open(os.devnull, mode) if mode else nullcontext() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        factoryapp.Terminal().run(StopAtFirstPause())
+        factoryapp.Terminal().run(StopAtPause())
     [line] = [record.getMessage() for record in caplog.records]
     assert "nobody can write to the bot" in line and "TELEGRAM_BOT_TOKEN" in line
 
@@ -6473,14 +6454,14 @@ def test_health_says_what_is_wrong_with_the_bot_until_it_is_well(
 ):
     home = restart_as(monkeypatch, factoryapp.Telegram(BOT_TOKEN, bot_api.url))
     bot_api.failures[method].append(failure)
-    home.run(StopAtFirstPause())
+    home.run(StopAtPause())
     health = http.get("/health/").json
     assert (health["status"], health["bot"], health["bot_reachable"]) == (status, bot, False)
     assert words in health["bot_error"]
     clock.move(61)
     assert http.get("/health/").json["status"] == "degraded"
     bot_api.failures["getUpdates"].append(NOTHING_NEW)
-    home.run(StopAtFirstPause())
+    home.run(StopAtPause())
     assert http.get("/health/").json == {
         **health,
         "status": "ok",
@@ -6496,7 +6477,7 @@ def test_bot_that_another_process_polls_is_not_well_between_two_refusals(http, t
     telegram.run(StopAtPause(4))
     assert http.get("/health/").json["status"] == "degraded"
     bot_api.failures["getUpdates"].append(NOTHING_NEW)
-    telegram.run(StopAtFirstPause())
+    telegram.run(StopAtPause())
     assert http.get("/health/").json["status"] == "ok"
 
 
@@ -6509,12 +6490,12 @@ def test_token_that_is_taken_again_is_well_after_one_call(http, telegram, bot_ap
 def test_health_is_degraded_a_minute_after_the_last_answer(http, telegram, bot_api, clock):
     clock.move(100)
     bot_api.failures["getUpdates"].append(NOTHING_NEW)
-    telegram.run(StopAtFirstPause())
+    telegram.run(StopAtPause())
     for seconds, status in ((59, "ok"), (2, "degraded")):
         clock.move(seconds)
         bot_api.failures["getUpdates"].append("reset")
         bot_api.failures["getMe"].append("reset")
-        telegram.run(StopAtFirstPause())
+        telegram.run(StopAtPause())
         assert http.get("/health/").json["status"] == status
 
 
@@ -6535,7 +6516,7 @@ def test_health_says_so_when_what_people_write_cannot_be_stored(
 
     monkeypatch.setattr(factoryapp, "receive_or_skip", lock_the_database)
     bot_api.write(7, "/start")
-    telegram.run(StopAtFirstPause())
+    telegram.run(StopAtPause())
     health = http.get("/health/").json
     assert not health["bot_reachable"] and "OperationalError" in health["bot_error"]
 
