@@ -110,7 +110,7 @@ except ModuleNotFoundError as error:
 # in its name.
 
 VERSION = "1.1.0"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
@@ -123,15 +123,30 @@ KEY_PREFIX = "fa_"
 KEYS = 50  # of one user
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's cheat sheet: 32 MiB, about 170 ms
 HASHES_AT_ONCE = 2
-LOGIN_WINDOW_SECONDS = 5 * 60
+THROTTLE_WINDOW_SECONDS = 5 * 60
 LOGIN_FAILURES_PER_NAME = 10  # from one address, in the window
 LOGIN_FAILURES_PER_ADDRESS = 100
-LOGIN_KEYS_REMEMBERED = 10_000
+REGISTRATIONS_PER_ADDRESS = 100
+THROTTLE_KEYS = 10_000  # that are remembered
 
 # What clients send. The MAX_ lengths are code points.
 MAX_USERNAME = 150
 MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
+# The most tried of Django's list, but for 12345: what that is answered was recorded without.
+COMMON_PASSWORDS = set(
+    """
+    123456 123456789 qwerty password 111111 12345678 abc123 1234567 password1 1234567890 123123
+    000000 iloveyou 1234 1q2w3e4r5t qwertyuiop 123 monkey dragon 123456a 654321 123321 666666
+    1qaz2wsx 121212 myspace1 homelesspa 123qwe a123456 1q2w3e4r 123abc qwe123 7777777 qwerty123
+    987654321 target123 zxcvbnm tinkle qwerty1 222222 1g2w3e4r gwerty zag12wsx gwerty123 555555
+    fuckyou asdfghjkl 112233 1q2w3e qazwsx 123123123 princess computer 12345a 159753 ashley
+    michael football 1234qwer sunshine aaaaaa iloveyou1 fuckyou1 789456123 daniel asdfgh 777777
+    123654 11111 princess1 999999 abcd1234 11111111 passer2009 love shadow 888888 superman
+    football1 love123 jordan23 jessica 12qwaszx baseball monkey1 killer a12345 123456789a master
+    asd123 asdf samsung charlie azerty soccer q1w2e3r4t5y6 jordan 88888888 fqrg7cs493
+    """.split()
+)
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
 LONG_BODY_BYTES = 16 * 1024  # is not read on the serving thread
@@ -142,6 +157,7 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
+MESSAGES_AT_ONCE = 100  # to one other person, then one a second
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
 WAIT_SECONDS = 50  # nginx gives up at 60
@@ -151,14 +167,16 @@ DELIVERIES = "queued", "sent", "failed", "unlinked", "cancelled"
 # The database. A list is read in pieces of so many rows, or of so many bytes.
 LIST_PIECE_ROWS = 200
 LIST_PIECE_BYTES = 256 * 1024
-PATIENCE_SECONDS = 5  # for other writers, before 503
+PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
 SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
 WAL_LONG_FRAMES = 1500  # of 4 KiB
 WAL_RESTART_MILLISECONDS = 100
-FORGET_ROWS = 50  # messages that go at once with --keep-days
-FORGET_PAUSE_SECONDS = 0.02
-FORGET_SECONDS = 3600  # between two searches for such
+WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
+PORTION_ROWS = 200  # of what is given up, moved or forgotten, in one transaction
+PORTION_PAUSE_SECONDS = 0.02
+FORGET_SECONDS = 3600  # between two searches for what is old
+KEEP_SENT_DAYS = 90  # what was given up, and what a reply in Telegram answers
 
 # Telegram
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
@@ -183,15 +201,22 @@ SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
 # The server
-PATIENT_THREADS = 4
 CONNECTIONS = 200
 OPEN_FILES = 8192
+OWN_FILES = 40  # the database on each thread, the socket that listens, the log
+FILES_OF_A_SENDER = 3  # its socket, and the database
+FILES_OF_A_CONNECTION = 3  # its socket, and answers that are not taken
 MAX_PROXIES = 20  # of X-Forwarded-For, the last that are read
-REQUEST_SECONDS = 10  # to send a whole request, or to take some of an answer
-REQUEST_CROWDED_SECONDS = 2  # to send a whole request, while all CONNECTIONS are in use
-MAX_UNTAKEN_BYTES = 256 * 1024**2  # of an answer, before a lane's thread waits for its client
-BUFFER_BYTES = 8 * 1024**2  # of an answer, that one of waitress's buffers gets
-MAX_PIPELINED_BYTES = 64 * 1024  # of answers not taken, before a client's next request is served
+REQUEST_SECONDS = 10  # to send a whole request
+IDLE_SECONDS = 60  # between two requests
+TAKEN_BYTES_PER_SECOND = 8 * 1024  # the least, of an answer, over any TAKING_SECONDS
+TAKING_SECONDS = 10
+ANSWER_SECONDS = 30  # to take a whole answer, while others wait for the connection or the thread
+SEND_BUFFER_BYTES = 64 * 1024  # the kernel's: larger ones hide how slow a client is
+MEMORY_BYTES = 128 * 1024  # of an answer that is not taken, the rest is in temporary files
+BUFFER_BYTES = 1024**2  # of an answer, that one of these gets
+MAX_UNTAKEN_BYTES = 64 * 1024**2  # of an answer, before a lane's thread waits for its client
+ALL_UNTAKEN_BYTES = 192 * 1024**2  # of all answers, before it waits for all but BUFFER_BYTES
 WAITING = 100  # requests that wait for news at once
 WAITING_OF_A_USER = 10
 STOP_SECONDS = 1  # what a clean stop grants to those at work
@@ -210,6 +235,7 @@ class settings:
     trusted_proxies = ()  # networks whose X-Forwarded-… is believed
     registration = "open"  # or "closed"
     keep_days = 0  # 0: for ever
+    connections, senders = CONNECTIONS, SENDERS  # fewer, where there are few files
 
 
 def now():
@@ -243,6 +269,7 @@ HEADER = re.compile(
     r"(?:Сообщение от (NAME)|NAME, я получил от тебя сообщение для (NAME)|"
     r"(NAME), я получил от тебя сообщение|(NAME) \(\d+/\d+\)):(?!\S)".replace("NAME", r"[\w.@+-]+")
 )
+TOO_FAST = "Так много пользователю {username} сразу нельзя: повторите через {seconds} с."
 NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ."
 
 HOW_TO_GET_A_TOKEN = (
@@ -329,6 +356,9 @@ def find_cut(text, limit):
     return limit
 
 
+# None ends before a mark that belongs to it, unless there are hundreds.
+PIECE = re.compile(r".{1,300}(?![^\w\s])|.{1,300}", re.DOTALL)
+
 # What Telegram strips or trims: to it, a text of nothing else is empty.
 NOTHING = re.compile("[\\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]*")
 
@@ -336,9 +366,10 @@ NOTHING = re.compile("[\\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]*")
 def split_text(text, username=""):
     """The text as Telegram messages, none empty; the later ones say whose it is.
 
-    In NFC, since Telegram strips some accents that stand alone.
+    In NFC, since Telegram strips some accents that stand alone; by pieces, or thousands of marks
+    would take quadratic time.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = PIECE.sub(lambda piece: unicodedata.normalize("NFC", piece[0]), text)
     room = TELEGRAM_MAX_TEXT
     later_room = room - len(LATER_PART.format(username=username, n=99, of=99, text=""))
     parts = []
@@ -352,6 +383,19 @@ def split_text(text, username=""):
         LATER_PART.format(username=username, n=n, of=of, text=part)
         for n, part in enumerate(later, 2)
     ]
+
+
+def normalize(form, text, most):
+    """A text in a Unicode normal form, unless no text of `most` code points can come from it.
+
+    Four make one at most, and thousands take quadratic time.
+    """
+    return unicodedata.normalize(form, text) if len(text) <= 4 * most else text
+
+
+def fold(name):
+    """What names have in common that differ by case alone."""
+    return normalize("NFKC", name.casefold(), MAX_USERNAME)
 
 
 # --- Turns ----------------------------------------------------------------------------------------
@@ -468,7 +512,7 @@ class Turns:
         with self.changed:
             while True:
                 turn = self.first(self.order)
-                if sum(why == "failed" for why, _ in self.busy.values()) < SENDERS // 2:
+                if sum(why == "failed" for why, _ in self.busy.values()) < settings.senders // 2:
                     turn = min(turn, self.first(self.suspects))
                 due_at = max(turn.due_at, self.paced_at())
                 if due_at <= ticks():
@@ -626,7 +670,7 @@ class Connection(sqlite3.Connection):
 class opened:
     """The database's files, as this process knows them."""
 
-    status = None  # os.stat() of the database when open_store() opened it
+    files = {}  # path: os.stat() of it once open_store() had opened it
     commits = 0  # since the last checkpoint
     frames = 0  # in the write-ahead log at the last checkpoint
 
@@ -646,17 +690,17 @@ def patience():
     return getattr(local, "patience", PATIENCE_SECONDS)
 
 
-def check_file():
-    """Raise sqlite3.OperationalError when the file that we opened has lost its name.
+def check_files():
+    """Raise sqlite3.OperationalError when a file that we opened has lost its name.
 
     What is written to it is lost at the next start.
     """
     try:
-        if os.path.samestat(os.stat(settings.db), opened.status):
+        if all(os.path.samestat(os.stat(path), known) for path, known in opened.files.items()):
             return
     except OSError as error:
         log.debug(f"the database file: {error}")
-    raise sqlite3.OperationalError("the database file was removed or replaced")
+    raise sqlite3.OperationalError("the database file, or its -wal, was removed or replaced")
 
 
 def connect(mode):
@@ -678,6 +722,7 @@ def connection():
         local.db.execute("PRAGMA fullfsync = ON")
         local.db.execute("PRAGMA checkpoint_fullfsync = ON")
         local.db.execute("PRAGMA foreign_keys = ON")
+        local.db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
         # See checkpoint().
         local.db.execute("PRAGMA wal_autocheckpoint = 0")
     return local.db
@@ -695,10 +740,13 @@ def transaction():
         with savepoint(db):
             yield db
         return
-    check_file()
+    check_files()
+    ends_at = ticks() + patience()
     if not write_lock.acquire(timeout=patience()):
         raise sqlite3.OperationalError("other threads write for too long")
     try:
+        # What is left of it for other processes.
+        db.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * (ends_at - ticks())))}")
         db.execute("BEGIN IMMEDIATE")
         db.queued_for, db.changed_for = set(), set()
         yield db
@@ -771,8 +819,6 @@ def checkpoint(db):
     except sqlite3.Error as error:
         # The commit itself is safe in the log.
         log.warning(f"the write-ahead log was not copied, and grows: {error}")
-    finally:
-        db.execute(f"PRAGMA busy_timeout = {int(patience() * 1000)}")
 
 
 # What brings an older schema one version up: version: SQL. schema.sql makes what is new since.
@@ -827,6 +873,10 @@ LADDER = {
     ALTER TABLE messages ADD COLUMN was_chosen INTEGER NOT NULL DEFAULT 0
         CHECK (was_chosen IN (0, 1))
     """,
+    4: """
+    ALTER TABLE users ADD COLUMN folded TEXT NOT NULL DEFAULT '';
+    UPDATE users SET folded = fold(username)
+    """,
 }
 
 
@@ -863,6 +913,9 @@ def check_store():
 
     Raises BadSetting when the file that should be our database is something else.
     """
+    for path in (settings.db + suffix for suffix in ("-wal", "-shm", ".lock")):
+        if os.path.islink(path):
+            raise BadSetting(f"{path} is a symbolic link, which is never followed: remove it.")
     try:
         if not os.path.exists(settings.db):
             return 0
@@ -895,6 +948,7 @@ def check_store():
 
 def climb(db, script, version):
     """Change the schema in one transaction: whatever ends it leaves the database as it was."""
+    db.create_function("fold", 1, fold)
     # A step may rebuild a table that others refer to.
     db.execute("PRAGMA foreign_keys = OFF")
     try:
@@ -954,10 +1008,10 @@ def open_store():
         raise BadSetting(f"{schema} cannot be read ({error}): put it there again.") from None
     try:
         with open(settings.db, "ab"):
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.exists(settings.db + suffix):
-                    make_private(settings.db + suffix)
-        opened.status = os.stat(settings.db)
+            paths = [settings.db + suffix for suffix in ("", "-wal", "-shm")]
+            for path in filter(os.path.exists, paths):
+                make_private(path)
+        opened.files = {}
         db = connection()
         if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise sqlite3.OperationalError("its file system has no write-ahead log")
@@ -973,19 +1027,31 @@ def open_store():
                 "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                 secrets.token_bytes(SECRET_MIN_BYTES),
             )
+        opened.files = {path: os.stat(path) for path in paths}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
     except (OSError, sqlite3.Error) as error:
         raise cannot_be_used(error) from None
 
 
 def add_user(db, username, password_hash):
-    """The new user's id. Raises sqlite3.IntegrityError when the name is taken."""
-    return db.run(
-        "INSERT INTO users (username, password, created_at) VALUES (?, ?, ?)",
+    """The new user's id. None when the name is taken, be it in another case."""
+    added = db.one(
+        """
+        INSERT INTO users (username, password, created_at, folded)
+        SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (SELECT 1 FROM users WHERE folded = ?4)
+        RETURNING id
+        """,
         username,
         password_hash,
         iso(now()),
-    ).lastrowid
+        fold(username),
+    )
+    return added and added["id"]
+
+
+def is_taken(db, username):
+    """Whether somebody has this name, be it in another case."""
+    return db.one("SELECT 1 FROM users WHERE folded = ?", fold(username)) is not None
 
 
 def find_user(db, user_id):
@@ -1428,6 +1494,28 @@ def cancel_message(db, message_id):
     return users != []
 
 
+def forget_sent(db):
+    """Forget some of what was given up, or relayed, long ago. False when there is no more."""
+    before = iso(now() - KEEP_SENT_DAYS * 86_400)
+    given_up = db.run(
+        """
+        DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE given_up_at < ? LIMIT ?)
+        """,
+        before,
+        PORTION_ROWS,
+    )
+    relayed = db.run(
+        """
+        DELETE FROM relayed WHERE message_id IN (
+            SELECT id FROM messages WHERE coalesce(send_at, created_at) < ? AND id IN (
+                SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT ?))
+        """,
+        before,
+        PORTION_ROWS,
+    )
+    return given_up.rowcount + relayed.rowcount > 0
+
+
 def list_old_messages(db, after):
     """The ids of some messages beyond this one that --keep-days is over for."""
     rows = db.run(
@@ -1438,7 +1526,7 @@ def list_old_messages(db, after):
         """,
         after,
         iso(now() - settings.keep_days * 86_400),
-        FORGET_ROWS,
+        PORTION_ROWS,
     )
     return [row["id"] for row in rows]
 
@@ -1525,16 +1613,71 @@ def add_delivery(
     db.queued_for.add((bot_id, chat_id))
 
 
-def move_deliveries(db, old_chat, bot_id, chat_id):
-    """What is queued for one chat, a (bot id, chat id), is queued for another from now on."""
+def add_leftover(db, chat, to_chat, reason):
+    """What is queued for a chat now is moved to another, or given up for this reason (None, None).
+
+    So is what was on its way there.
+    """
     db.run(
         """
-        UPDATE outbox SET bot_id = ?, chat_id = ?
-        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
+        UPDATE leftovers SET to_bot_id = ?, to_chat_id = ?, reason = ?
+        WHERE to_bot_id = ? AND to_chat_id = ?
+        """,
+        *to_chat,
+        reason,
+        *chat,
+    )
+    # There and back.
+    db.run("DELETE FROM leftovers WHERE bot_id = to_bot_id AND chat_id = to_chat_id")
+    db.run(
+        """
+        INSERT INTO leftovers (bot_id, chat_id, to_bot_id, to_chat_id, reason, last_id)
+        SELECT ?1, ?2, ?3, ?4, ?5, coalesce(max(id), 0) FROM outbox
+        WHERE bot_id = ?1 AND chat_id = ?2 AND given_up_at IS NULL
+        """,
+        *chat,
+        *to_chat,
+        reason,
+    )
+
+
+def find_leftover(db):
+    """The oldest of those that are not done with, or None."""
+    return db.one("SELECT * FROM leftovers ORDER BY id LIMIT 1")
+
+
+def list_leftover(db, leftover):
+    """The ids of some of its deliveries, those first that would be sent first."""
+    rows = db.execute(
+        """
+        SELECT id FROM outbox WHERE bot_id = :bot_id AND chat_id = :chat_id
+            AND given_up_at IS NULL AND id <= :last_id
+        ORDER BY send_at, id LIMIT :most
+        """,
+        {**leftover, "most": PORTION_ROWS},
+    )
+    return [row["id"] for row in rows]
+
+
+def set_undelivered(db, leftover_id, undelivered):
+    db.run("UPDATE leftovers SET undelivered = ? WHERE id = ?", undelivered, leftover_id)
+
+
+def delete_leftover(db, leftover):
+    """It is done with: its chat may be sent to again."""
+    db.run("DELETE FROM leftovers WHERE id = ?", leftover["id"])
+    db.queued_for.add((leftover["bot_id"], leftover["chat_id"]))
+
+
+def move_deliveries(db, ids, bot_id, chat_id):
+    """These are queued for another chat from now on."""
+    db.run(
+        """
+        UPDATE outbox SET bot_id = ?, chat_id = ? WHERE id IN (SELECT value FROM json_each(?))
         """,
         bot_id,
         chat_id,
-        *old_chat,
+        json.dumps(ids),
     )
     db.queued_for.add((bot_id, chat_id))
 
@@ -1559,7 +1702,10 @@ def list_queues(db, bot_id):
 
 
 def find_head(db, bot_id, chat_id):
-    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
+    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said.
+
+    Or while some of it is still to be moved away, or given up.
+    """
     return db.one(
         """
         SELECT id, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at,
@@ -1570,7 +1716,8 @@ def find_head(db, bot_id, chat_id):
                 ON relayed.message_id = m.reply_to
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
                 AND relayed.chat_id = outbox.chat_id AND outbox.send_at >= 0) AS replied_id
-        FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
+        FROM outbox WHERE bot_id = ?1 AND chat_id = ?2 AND given_up_at IS NULL
+            AND NOT EXISTS (SELECT 1 FROM leftovers WHERE bot_id = ?1 AND chat_id = ?2)
         ORDER BY send_at, id LIMIT 1
         """,
         bot_id,
@@ -1638,24 +1785,22 @@ def settle_later(db, delivery, pause, error, is_missing):
     )
 
 
-def set_given_up(db, reason, delivery_id, bot_id, chat_id):
-    """This delivery, or all that is queued for this chat, is never sent, and keeps the reason.
+def set_given_up(db, reason, ids):
+    """These deliveries are never sent, and keep the reason.
 
     (message id, whether it was the sender's own copy, what it was in words) of each.
     """
     return db.run(
         """
         UPDATE outbox SET given_up_at = ?, error = ?
-        WHERE given_up_at IS NULL AND (id = ? OR (bot_id = ? AND chat_id = ?))
+        WHERE given_up_at IS NULL AND id IN (SELECT value FROM json_each(?))
         RETURNING message_id, is_own_copy, coalesce((
             SELECT printf('message %d from user %d to user %d', id, sender_id, recipient_id)
             FROM messages WHERE id = message_id), 'an answer of the bot')
         """,
         iso(now()),
         reason,
-        delivery_id,
-        bot_id,
-        chat_id,
+        json.dumps(ids),
     ).fetchall()
 
 
@@ -1712,14 +1857,6 @@ def hash_with(salt, password, n, r, p):
 
 def hash_password(password):
     return hash_with(new_salt(), compose(password), **SCRYPT)
-
-
-def normalize(form, text, most):
-    """A text in a Unicode normal form, unless no text of `most` code points can come from it.
-
-    Four make one at most, and thousands take quadratic time.
-    """
-    return unicodedata.normalize(form, text) if len(text) <= 4 * most else text
 
 
 def compose(password):
@@ -1832,50 +1969,50 @@ def was_ended(claims, user):
     return int(claims.get("iat", 0)) < user["tokens_from"]
 
 
-class LoginThrottle:
-    """Failed logins of the last minutes, by address and by name from an address.
+class Throttle:
+    """What was tried in the last minutes, by key; of one key only so much.
 
     The longest untouched are forgotten first.
     """
 
     def __init__(self):
-        self.failures = OrderedDict()  # key: times in ticks, the newest last
+        self.tries = OrderedDict()  # key: times in ticks, the newest last
         self.lock = threading.Lock()
 
-    @staticmethod
-    def limits(address, username):
-        return {
-            (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
-            address: LOGIN_FAILURES_PER_ADDRESS,
-        }
-
-    def try_once(self, address, username):
-        """0, and the try counts as failed until forgive(); or the seconds to wait before a try."""
+    def try_once(self, limits):
+        """0, and the try counts; or the seconds to wait before it. `limits` is {key: how many}."""
         with self.lock:
             wait, tried = 0, []
-            for key, limit in self.limits(address, username).items():
-                times = self.failures.setdefault(key, deque(maxlen=limit))
-                self.failures.move_to_end(key)
+            for key, limit in limits.items():
+                times = self.tries.setdefault(key, deque(maxlen=limit))
+                self.tries.move_to_end(key)
                 tried.append(times)
                 if len(times) == limit:
-                    wait = max(wait, times[0] + LOGIN_WINDOW_SECONDS - ticks())
+                    wait = max(wait, times[0] + THROTTLE_WINDOW_SECONDS - ticks())
             if wait <= 0:
                 for times in tried:
                     times.append(ticks())
-            while len(self.failures) > LOGIN_KEYS_REMEMBERED:
-                self.failures.popitem(last=False)
+            while len(self.tries) > THROTTLE_KEYS:
+                self.tries.popitem(last=False)
             return wait
 
-    def forgive(self, address, username):
+    def forgive(self, of_name, of_address):
         """The right password was given: earlier tries were typing errors, and this one was none."""
-        of_name, of_address = self.limits(address, username)
         with self.lock:
-            self.failures.pop(of_name, None)
-            if times := self.failures.get(of_address):
+            self.tries.pop(of_name, None)
+            if times := self.tries.get(of_address):
                 times.pop()
 
 
-login_throttle = LoginThrottle()
+def login_limits(address, username):
+    return {
+        (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
+        address: LOGIN_FAILURES_PER_ADDRESS,
+    }
+
+
+# Of failed logins, and of registrations.
+login_throttle, registrations = Throttle(), Throttle()
 
 
 # --- Outbox ---------------------------------------------------------------------------------------
@@ -1929,30 +2066,99 @@ def relay(
     return message_id, delivery
 
 
+class Pace:
+    """How much each person sent lately to each other: so much at once, then one a second.
+
+    Counted by GCRA, as ATM networks do. The longest untouched are forgotten first.
+    """
+
+    def __init__(self):
+        self.paid_until = OrderedDict()  # (sender id, recipient id): ticks
+        self.lock = threading.Lock()
+
+    def try_once(self, sender, recipients):
+        """0, and a message to each of these counts; or the seconds to wait before they may be."""
+        pairs = [(sender["id"], to["id"]) for to in recipients if to["id"] != sender["id"]]
+        with self.lock:
+            paid = {pair: 1 + max(ticks(), self.paid_until.get(pair, 0)) for pair in pairs}
+            wait = max(paid.values(), default=0) - ticks() - MESSAGES_AT_ONCE
+            if wait > 0:
+                return math.ceil(wait)
+            for pair, until in paid.items():
+                self.paid_until[pair] = until
+                self.paid_until.move_to_end(pair)
+            while len(self.paid_until) > THROTTLE_KEYS:
+                self.paid_until.popitem(last=False)
+        return 0
+
+
+pace = Pace()
+
+
 def link_chat(db, bot_id, chat_id, user_id, token):
     """The chat speaks for this user from now on. What is queued for an earlier chat moves here."""
-    if earlier_chat := find_chat(db, user_id):
-        move_deliveries(db, earlier_chat, bot_id, chat_id)
+    chat, earlier_chat = (bot_id, chat_id), find_chat(db, user_id)
+    if earlier_chat and tuple(earlier_chat) != chat:
+        leave_queue(db, earlier_chat, chat)
     set_chat(db, bot_id, chat_id, user_id, token)
 
 
 def unlink_chat(db, bot_id, chat_id, reason):
     """The chat speaks for nobody from now on, and what is queued for it is given up."""
     delete_chat(db, bot_id, chat_id)
-    give_up(db, reason, None, bot_id, chat_id)
+    leave_queue(db, (bot_id, chat_id), reason=reason)
 
 
-def give_up(db, reason, delivery_id, bot_id=None, chat_id=None):
-    """This delivery, or all that is queued for this chat, is never sent.
+def leave_queue(db, chat, to_chat=(None, None), reason=""):
+    """What is queued for a chat moves to another, or is given up: much of it in portions."""
+    add_leftover(db, chat, to_chat, reason)
+    settle_leftover(db)
 
-    Its messages show that, and who sent them is told once.
+
+def settle_leftover(db):
+    """See to some of what is left of a queue. False when nothing is.
+
+    Who sent what is given up is told at its end, once.
     """
-    rows = set_given_up(db, reason, delivery_id, bot_id, chat_id)
+    leftover = find_leftover(db)
+    if not leftover:
+        return False
+    ids, undelivered = list_leftover(db, leftover), Counter()
+    for sender_id, recipient_id, count in json.loads(leftover["undelivered"]):
+        undelivered[sender_id, recipient_id] = count
+    if leftover["to_chat_id"] is None:
+        undelivered += set_failed(db, leftover["reason"], ids)
+    else:
+        move_deliveries(db, ids, leftover["to_bot_id"], leftover["to_chat_id"])
+    if len(ids) == PORTION_ROWS:
+        counts = [[*users, count] for users, count in undelivered.items()]
+        set_undelivered(db, leftover["id"], json.dumps(counts))
+    else:
+        delete_leftover(db, leftover)
+        tell_senders(db, undelivered)
+    return True
+
+
+def give_up(db, reason, delivery_id):
+    """This delivery is never sent. Its message shows that, and who sent it is told."""
+    tell_senders(db, set_failed(db, reason, [delivery_id]))
+
+
+def set_failed(db, reason, ids):
+    """These deliveries are never sent, and their messages show that.
+
+    Of how many messages that was not known: a Counter of (sender id, recipient id).
+    """
+    rows = set_given_up(db, reason, ids)
     if rows:
         named = ", ".join(dict.fromkeys(what for _, _, what in rows[:10]))
         log.warning(f"{len(rows)} deliveries given up ({reason}): {named}")
     message_ids = [message_id for message_id, is_own_copy, _ in rows if not is_own_copy]
-    undelivered = Counter(map(tuple, fail_messages(db, message_ids, reason)))
+    return Counter(map(tuple, fail_messages(db, message_ids, reason)))
+
+
+def tell_senders(db, undelivered):
+    """Say in the senders' chats what was not delivered; set_failed() counted it."""
     for (sender_id, recipient_id), count in undelivered.items():
         sentence = NOT_DELIVERED.format(count=count, **find_user(db, recipient_id))
         queue_text(db, find_chat(db, sender_id), sentence)
@@ -2141,24 +2347,41 @@ def run_upkeep(home, stop):
         stop.wait(max(UPKEEP_SECONDS, 20 * spent))
 
 
-def forget_next(after):
-    """Forget some old messages beyond this id. The last one's id, 0 when there are no more."""
-    ids = list_old_messages(connection(), after)
-    with transaction() as db:
-        delete_messages(db, ids)
-    return ids[-1] if ids else 0
-
-
-def run_forgetting(stop):
-    """Forget what is older than --keep-days, again each hour, until told to stop."""
+def forget():
+    """Forget what is old, a portion with each step."""
+    is_more = True
+    while is_more:
+        with transaction() as db:
+            is_more = forget_sent(db)
+        yield
     last = 0
+    while settings.keep_days and (ids := list_old_messages(connection(), last)):
+        with transaction() as db:
+            delete_messages(db, ids)
+        last = ids[-1]
+        yield
+
+
+def run_tidying(stop):
+    """Do in portions what would hold up everybody, until told to stop.
+
+    What is left of queues as it comes, what is to be forgotten each hour.
+    """
+    steps, search_at = (), 0
     while not stop.is_set():
+        is_done = False
         try:
-            last = forget_next(last)
-        except sqlite3.Error:
-            log.exception("old messages could not be forgotten; trying again later")
-            last = 0
-        stop.wait(FORGET_PAUSE_SECONDS if last else FORGET_SECONDS)
+            if ticks() >= search_at:
+                steps, search_at = forget(), ticks() + FORGET_SECONDS
+            if find_leftover(connection()):
+                with transaction() as db:
+                    settle_leftover(db)
+            else:
+                is_done = next(steps, True)
+        except sqlite3.Error as error:
+            log.error(f"what is old or left over could not be seen to: {error}")
+            is_done = True
+        stop.wait(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS)
 
 
 def announce(line):
@@ -2271,6 +2494,8 @@ def note(db, chat, user, text, message):
         recipient, reply_to = find_addressee(db, chat, user, replied)
     if not recipient:
         return NO_SUCH_NUMBER if isinstance(message, int) else UNKNOWN_REPLY
+    if wait := pace.try_once(user, [recipient]):
+        return TOO_FAST.format(seconds=wait, **recipient)
     _, delivery = relay(db, user, recipient, text, "telegram", reply_to=reply_to)
     if delivery == "unlinked":
         return NO_CHAT.format(**recipient)
@@ -2322,6 +2547,8 @@ def press(db, bot_id, query):
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
         return TOO_LATE
+    if wait := pace.try_once(user, [choice]):
+        return TOO_FAST.format(seconds=wait, **choice)
     message_id = int(numbers[1])
     set_chosen(db, message_id)
     relay(db, user, choice, choice["text"], "telegram", reply_to=message_id)
@@ -3216,7 +3443,7 @@ PUBLIC_DETAILS = {
     404: "Not found.",
     413: "The request is too large.",
     500: "Something went wrong here. It has been noted; try again later.",
-    503: "The database cannot be used right now. Nothing was stored; try again in a few seconds.",
+    503: "This cannot be done right now. Nothing was stored; try again in a few seconds.",
 }
 
 
@@ -3236,6 +3463,13 @@ def refusal(status, detail, **headers):
     return HTTPError(status, {"detail": detail}, **headers)
 
 
+def throttled(wait):
+    """What is refused for so many seconds."""
+    seconds = str(math.ceil(wait))
+    detail = f"Request was throttled. Expected available in {seconds} seconds."
+    return refusal(429, detail, Retry_After=seconds)
+
+
 # What we answer is nobody else's, and nothing but what it says it is.
 PRIVATE_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 
@@ -3245,10 +3479,22 @@ def encode_json(value):
 
 
 @app.hook("before_request")
-def add_trailing_slash():
-    """Serve /api/users as /api/users/: the original redirected, which lost the body of a POST."""
-    if not request.environ["PATH_INFO"].endswith("/"):
-        request.environ["PATH_INFO"] += "/"
+def check_request():
+    """Refuse what no route is to see. Raises HTTPError 400, 403.
+
+    /api/users is served as /api/users/: the original redirected, which lost the body of a POST.
+    """
+    environ = request.environ
+    try:
+        environ["bottle.raw_path"].encode("latin-1").decode()
+    except UnicodeError:
+        raise refusal(400, "The path is not UTF-8.") from None
+    # What browsers let any page elsewhere send without asking.
+    is_foreign = environ.get("HTTP_SEC_FETCH_SITE") == "cross-site"
+    if is_foreign and environ["REQUEST_METHOD"] == "POST":
+        raise refusal(403, "Another site sent this: use the page here, or a program.")
+    if not environ["PATH_INFO"].endswith("/"):
+        environ["PATH_INFO"] += "/"
 
 
 class Declared(NamedTuple):
@@ -3283,7 +3529,7 @@ def declare(*refusals, **what):
 
 
 def waits(lane):
-    """The route is served in this lane, "patient" or "hashing": it would hold up everybody."""
+    """The route is served in this lane of the Server's: it would hold up everybody."""
     return declare(lane=lane)
 
 
@@ -3339,7 +3585,7 @@ def serve_declared(route):
             if said.query:
                 values |= read_fields(said.query, request.query)
             if said.body:
-                values |= read_fields(said.body, read_body(said))
+                values |= read_fields(said.body, read_body(said), user)
             body = route(user, **values) if said.sign_in in SIGNED_IN else route(**values)
         except HTTPResponse:
             raise
@@ -3438,6 +3684,12 @@ def client_address():
     return address
 
 
+def throttle_key():
+    """The client's address as throttles count it: who has one in an IPv6 /64 has them all."""
+    address = read_address(client_address())
+    return int(address) >> 64 if address.version == 6 else str(address)
+
+
 @cache
 def warn_of_unreadable_address():
     """Once is enough."""
@@ -3504,10 +3756,13 @@ def require_login():
 
 
 def may_register():
-    """Refuse wrong tokens too. Raises HTTPError 403 whatever is sent while nobody may."""
+    """Refuse wrong tokens too. Raises HTTPError 403 whatever is sent while nobody may, 429."""
     if settings.registration == "closed":
         raise refusal(403, "Registration is closed: ask whoever runs this server.")
     sign_in()
+    wait = registrations.try_once({throttle_key(): REGISTRATIONS_PER_ADDRESS})
+    if wait > 0:
+        raise throttled(wait)
 
 
 # The route gets the signed-in user first.
@@ -3516,7 +3771,7 @@ SIGNED_IN = require_user, require_login
 # With a password, not by a key.
 logged_in = declare(401, 403, sign_in=require_login)
 # Anybody may call the route while it is open, but not with a wrong token.
-open_to_anybody = declare(401, 403, sign_in=may_register)
+open_to_anybody = declare(401, 403, 429, sign_in=may_register)
 
 
 class Refused(ValueError):
@@ -3554,18 +3809,18 @@ class Text:
             pattern=self.schema_pattern,
         )
 
-    def read(self, value):
-        """The text that was sent. Raises Refused."""
+    def read(self, value, username=None):
+        """The text that was sent, by this user if that is known. Raises Refused."""
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise Refused(NOT_A_STRING)
         text = self.tidy(str(value))
         if not text.strip():
             raise Refused(MAY_NOT_BE_BLANK)
-        if errors := list(self.errors_of(text)):
+        if errors := list(self.errors_of(text, username)):
             raise Refused(*errors)
         return text
 
-    def errors_of(self, text):
+    def errors_of(self, text, username):
         if self.pattern and not re.fullmatch(self.pattern, text):
             yield self.pattern_error
         if self.max_length and len(text) > self.max_length:
@@ -3576,8 +3831,26 @@ class Text:
             yield f"Surrogate characters are not allowed: U+{ord(surrogate[0]):X}."
 
 
+class NewUsername(Text):
+    """A username that nobody can take for another's."""
+
+    def errors_of(self, text, username):
+        yield from super().errors_of(text, username)
+        words = {word for c in text[:MAX_USERNAME] for word in unicodedata.name(c, "").split()}
+        if len(words & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
+            yield "Enter a valid username. This value mixes letters of two alphabets."
+        # Letters to Unicode, though nothing is seen of them.
+        if re.search("[\u115f\u1160]", text):
+            yield "Enter a valid username. This value holds letters that cannot be seen."
+
+
 class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
+
+    @staticmethod
+    def core(text):
+        """What is left of a text without case, and digits at its ends."""
+        return re.sub(r"^\d+|\d+$", "", fold(text)) or text
 
     @property
     def schema(self):
@@ -3585,11 +3858,15 @@ class NewPassword(Text):
         more = {"type": "string", "minLength": MIN_PASSWORD, "pattern": not_numeric}
         return super().schema | more
 
-    def errors_of(self, text):
-        yield from super().errors_of(text)
+    def errors_of(self, text, username):
+        yield from super().errors_of(text, username)
+        if username and self.core(text) == self.core(username):
+            yield "The password is too similar to the username."
         if len(text) < MIN_PASSWORD:
             least = f"It must contain at least {MIN_PASSWORD} characters."
             yield f"This password is too short. {least}"
+        if text.lower() in COMMON_PASSWORDS:
+            yield "This password is too common."
         if text.isdigit():
             yield "This password is entirely numeric."
         if "\ufffd" in text:
@@ -3609,7 +3886,7 @@ class Flag:
         "example": False,
     }
 
-    def read(self, value):
+    def read(self, value, username):
         word = str(value).lower()
         if word not in (*self.yes, *self.no):
             raise Refused("Must be a valid boolean.")
@@ -3636,7 +3913,7 @@ class Moment:
             "description": self.description,
         }
 
-    def read(self, value):
+    def read(self, value, username):
         try:
             if not (moment := re.fullmatch(self.pattern, value)):
                 raise ValueError
@@ -3672,7 +3949,7 @@ class Number:
     def schema(self):
         return json_schema(type="integer", **vars(self))
 
-    def read(self, value):
+    def read(self, value, username):
         if not re.fullmatch("-?[0-9]{1,20}", str(value)):
             raise Refused("A valid integer is required.")
         if int(value) < self.minimum:
@@ -3706,7 +3983,7 @@ class Several:
             return {"oneOf": [self.item.schema, schema], **said}
         return {**schema, "uniqueItems": True, **said}
 
-    def read(self, value):
+    def read(self, value, username):
         if not isinstance(value, list):
             if self.least == 1:
                 return self.item.read(value)
@@ -3732,7 +4009,7 @@ class Form(dict):
     """
 
 
-def read_fields(fields, sent):
+def read_fields(fields, sent, user=None):
     """The values of declared fields, None for an optional one that is not given.
 
     Raises HTTPError 400 that names all that are wrong.
@@ -3749,7 +4026,8 @@ def read_fields(fields, sent):
             errors[name] = [MAY_NOT_BE_NULL]
         else:
             try:
-                values[name] = declared_field.read(sent[name])
+                username = user["username"] if user else values.get("username")
+                values[name] = declared_field.read(sent[name], username)
             except Refused as refused:
                 errors[name] = list(refused.args)
     if errors:
@@ -4060,6 +4338,8 @@ USERNAME_FIELD = Text(
         "characters."
     ),
 )
+# One that is to be made: those that exist stay as they are.
+NEW_USERNAME_FIELD = NewUsername(**vars(USERNAME_FIELD))
 # The name of somebody who may not exist.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
@@ -4084,7 +4364,7 @@ def show_page():
 
 
 @app.get("/health/")
-@waits("patient")
+@waits("health")
 @answers(
     200,
     an_object(
@@ -4115,7 +4395,7 @@ def show_health():
         "bot_answered_at": home.answered and iso(now() - ticks() + home.answered),
     }
     try:
-        check_file()
+        check_files()
         # A new connection: ours may answer from memory.
         with closing(connect("ro")) as db:
             queued, oldest = count_waiting(db, home.id)
@@ -4129,38 +4409,36 @@ def show_health():
 
 
 @app.post("/api/users/register/")
-@waits("hashing")
+@waits("registering")
 @open_to_anybody
-@takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
+@takes(username=NEW_USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
 @answers(201, A_USER)
 def register(username, password):
     """Make an account.
 
-    Anybody may, unless whoever runs the server has closed registration: 403.
+    Anybody may, unless whoever runs the server has closed registration: 403. From one address 100
+    tries count in 5 minutes.
     """
     # Refused before the hash: or each of many tries would take its time.
-    if find_user_by_name(connection(), username):
+    if is_taken(connection(), username):
         raise HTTPError(400, NAME_TAKEN)
     password_hash = hash_password(password)
-    try:
-        with transaction() as db:
-            user_id = add_user(db, username, password_hash)
-    except sqlite3.IntegrityError:
-        raise HTTPError(400, NAME_TAKEN) from None
+    with transaction() as db:
+        user_id = add_user(db, username, password_hash)
+    if user_id is None:
+        raise HTTPError(400, NAME_TAKEN)
     return {"id": user_id, "username": username}
 
 
 def check_password(username, password, password_hash):
     """Whether the password is right. Raises HTTPError 429 once this address guessed too often."""
-    address = client_address()
-    wait = login_throttle.try_once(address, username)
+    limits = login_limits(throttle_key(), username)
+    wait = login_throttle.try_once(limits)
     if wait > 0:
-        seconds = math.ceil(wait)
-        detail = f"Request was throttled. Expected available in {seconds} seconds."
-        raise refusal(429, detail, Retry_After=str(seconds))
+        raise throttled(wait)
     is_right = password_matches(password, password_hash)
     if is_right:
-        login_throttle.forgive(address, username)
+        login_throttle.forgive(*limits)
     return is_right
 
 
@@ -4414,13 +4692,13 @@ def list_all_users(user, **page):
     },
     answer_headers=["Idempotency-Replayed"],
 )
-@answers(201, {"oneOf": [A_MESSAGE, {"type": "array", "items": A_MESSAGE}]}, 422)
+@answers(201, {"oneOf": [A_MESSAGE, {"type": "array", "items": A_MESSAGE}]}, 422, 429)
 def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
     It is stored and its copies are queued, together or not at all. With an Idempotency-Key, a
     retry stores nothing more. The text may also come as text/plain, the other fields then in the
-    query string.
+    query string. To one other person: 100 at once, then one a second.
     """
     if isinstance(recipient, list):
         # So many copies to be split.
@@ -4432,9 +4710,12 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
             answered = replay(db, user, request_hash, earlier)
             return answered if isinstance(recipient, list) else answered[0]
+        recipients = find_recipients(db, user, recipient, reply_to)
+        if wait := pace.try_once(user, recipients):
+            raise throttled(wait)
         sent = [
             relay(db, user, to, text, "api", bool(silent), send_at or 0, reply_to, choices)
-            for to in find_recipients(db, user, recipient, reply_to)
+            for to in recipients
         ]
         if key:
             forget_idempotency_keys(db)
@@ -4716,12 +4997,16 @@ def show_openapi():
 # has run.
 #
 # Of waitress it leans on what is not documented: Channel's and TcpWSGIServer's constructors and
-# attributes (requests, request, connected, last_activity, total_outbufs_len, will_close,
-# close_when_flushed; active_channels, in_connection_overflow, _map), that service() takes
+# attributes (requests, request, connected, total_outbufs_len, current_outbuf_count, will_close,
+# close_when_flushed; adj, active_channels, _map; a dispatcher's queue), that service() takes
 # requests[0] and calls add_task() and pull_trigger(), HTTPRequestParser's parts, wasyncore.poll2.
 # Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session, of
 # urllib3, which comes with it, on ConnectionCls. So requirements.txt names one version of each.
 
+
+# Threads of each lane: what takes long, or waits for others; logins; registrations, behind which
+# no login waits; /health/, which answers whatever happens.
+LANES = {"patient": 4, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 # Windows has no poll(2).
 poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
@@ -4744,7 +5029,10 @@ class JsonErrorTask(ErrorTask):
 
 
 class NotStored:
-    """What a client is told whose round could not be stored, as waitress has its errors."""
+    """What a client is told whose round could not be stored, or who has waited too long.
+
+    As waitress has its errors.
+    """
 
     code, reason, body = 503, "Service Unavailable", ""
 
@@ -4782,7 +5070,7 @@ class TimedRequest(HTTPRequestParser):
 
     def __init__(self, adj):
         super().__init__(adj)
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
 
     def received(self, data):
         is_header = self.body_rcv is None
@@ -4800,7 +5088,14 @@ class TimedRequest(HTTPRequestParser):
         if b" " * 100 in header or b"\r\n " in header or b"\0" in header:
             # Long blanks take waitress quadratic time, of which folding makes more.
             raise ParsingError("a header is not folded, and has no NUL and no long blanks")
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError:
+            # Of an address that is none, and of numbers with thousands of digits.
+            raise ParsingError("the address or Content-Length is invalid") from None
+        codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", header.lower())
+        if codings and [coding.strip(b" ") for coding in codings] != [b"chunked"]:
+            raise ParsingError("the one Transfer-Encoding is chunked")
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
@@ -4815,10 +5110,24 @@ class Channel(HTTPChannel):
     lane = None  # where its request is served, None: in a round
     held = None  # in a round: the pieces of the answer, which is not to leave before the commit
     owes_continue = False  # to a request behind it that asked for 100-continue
-    is_kept = False  # its next request is served once it has taken more of its answers
+    is_kept = False  # its next request is served once it has taken the answers before
     waits_until = None  # in ticks, its request for news
+    arrived_at = 0  # its request
+    taken = 0  # bytes of answers, in all
+    was_idle = True  # a second ago
+
+    def __init__(self, *args, **named):
+        super().__init__(*args, **named)
+        # When it connected, became idle, or began to ask again.
+        self.since = time.monotonic()
+        # What it had taken at each second in which something was not.
+        self.taken_before = deque(maxlen=TAKING_SECONDS + 1)
 
     def service(self):
+        if self.lane:
+            local.patience = PATIENCE_SECONDS + self.arrived_at - time.monotonic()
+            if local.patience <= 0:
+                self.requests[0].error = NotStored
         try:
             super().service()
         except Elsewhere as elsewhere:
@@ -4866,13 +5175,16 @@ class Channel(HTTPChannel):
         if self.held is not None:
             self.held.append(data)
             return len(data)
-        if not self.total_outbufs_len:
-            # From now on its client has to take it, however long it took to make.
-            self.last_activity = time.time()
+        self.adj.outbuf_high_watermark = self.server.most_untaken()
         if self.current_outbuf_count > BUFFER_BYTES:
             # A buffer keeps what was sent of it: this makes waitress begin a new one.
             self.current_outbuf_count = self.adj.outbuf_high_watermark
         return super().write_soon(data)
+
+    def send(self, data, do_close=True):
+        sent = super().send(data, do_close)
+        self.taken += sent
+        return sent
 
     def send_continue(self):
         if self.held is None:
@@ -4889,37 +5201,48 @@ class Channel(HTTPChannel):
         self.server.parked.pop(self, None)
         super().handle_close()
 
-    def has_taken_enough(self):
-        """Whether its next request may be served: what is not taken is kept here."""
-        return self.total_outbufs_len <= MAX_PIPELINED_BYTES
-
     def handle_write(self):
         super().handle_write()
-        if self.is_kept and self.has_taken_enough():
+        if self.is_kept and not self.total_outbufs_len:
             self.is_kept = False
             self.server.add_task(self)
 
-    def handle_read(self):
-        """Read, but do not count blank lines as activity: they could keep it open for ever."""
-        last_activity = self.last_activity
-        super().handle_read()
+    def is_idle(self):
+        """Whether nothing is asked: blank lines alone are nothing."""
         has_begun = self.request and self.request.header_plus.strip()
-        if not has_begun and not self.requests:
-            self.last_activity = last_activity
+        return not (has_begun or self.requests or self.total_outbufs_len)
 
-    def is_too_slow(self, at, is_crowded):
-        """Whether it has held on to its connection too long.
+    def received(self, data):
+        was_idle = self.is_idle()
+        super().received(data)
+        if was_idle and not self.is_idle():
+            self.since = time.monotonic()
 
-        waitress itself counts only the time between two bytes.
-        """
-        seconds = REQUEST_CROWDED_SECONDS if is_crowded else REQUEST_SECONDS
+    def is_too_slow(self, at):
+        """Whether it has held on to its connection too long. Called each second."""
+        if self.total_outbufs_len:
+            self.taken_before.append(self.taken)
+            is_long = len(self.taken_before) > TAKING_SECONDS
+            least = TAKING_SECONDS * TAKEN_BYTES_PER_SECOND
+            is_stuck = is_long and self.taken - self.taken_before[0] < least
+            # It holds up a thread that others wait for.
+            is_in_the_way = (
+                self.total_outbufs_len >= self.adj.outbuf_high_watermark
+                and self.server.lanes[self.lane or "patient"].queue
+                and at - self.since > ANSWER_SECONDS
+            )
+            return is_stuck or is_in_the_way
+        self.taken_before.clear()
         if self.requests:
-            # Being served: does the client take the answer?
-            return self.total_outbufs_len > 0 and at - self.last_activity > REQUEST_SECONDS
-        if self.request is None and not is_crowded:
-            # An idle keep-alive connection: waitress's channel_timeout sees to it.
+            # It waits for us.
             return False
-        return at - (self.request.started_at if self.request else self.last_activity) > seconds
+        if self.request:
+            return at - self.request.started_at > REQUEST_SECONDS
+        return at - self.since > IDLE_SECONDS
+
+    def has_held_on(self, at):
+        """For how many seconds, as far as that counts where others wait for the connection."""
+        return at - self.since - (ANSWER_SECONDS if self.total_outbufs_len else 0)
 
 
 class Server(TcpWSGIServer):
@@ -4939,9 +5262,11 @@ class Server(TcpWSGIServer):
         self.parked = {}  # channel whose request waits for news: its user's id
         news.wake = self.wake_for_news
         self.thread = None  # that serves the rounds, once it does
-        self.lanes = {"patient": ThreadedTaskDispatcher(), "hashing": ThreadedTaskDispatcher()}
-        self.lanes["patient"].set_thread_count(PATIENT_THREADS)
-        self.lanes["hashing"].set_thread_count(HASHES_AT_ONCE)
+        self.lanes = {}
+        for lane, threads in LANES.items():
+            self.lanes[lane] = ThreadedTaskDispatcher()
+            self.lanes[lane].set_thread_count(threads)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
             app,
             _sock=sock,
@@ -4949,12 +5274,9 @@ class Server(TcpWSGIServer):
             dispatcher=self.lanes["patient"],
             bind_socket=False,
             ident=None,
-            connection_limit=CONNECTIONS,
-            cleanup_interval=1,
-            channel_timeout=60,
             max_request_body_size=MAX_MESSAGE_BODY_BYTES,
             max_request_header_size=16 * 1024,
-            outbuf_high_watermark=MAX_UNTAKEN_BYTES,
+            outbuf_overflow=MEMORY_BYTES,
             clear_untrusted_proxy_headers=False,
         )
 
@@ -4963,18 +5285,23 @@ class Server(TcpWSGIServer):
         self.thread = threading.get_ident()
         # With a connection of its own, which waits no longer.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
+        looks_at = time.monotonic()
         while not stop.is_set():
             # Reads what there is, sends what can be sent.
             poll(0 if self.arrived or news.user_ids else self.time_to_wait(), self._map)
             self.end_waiting()
             self.serve_round()
+            if time.monotonic() >= looks_at:
+                looks_at = time.monotonic() + 1
+                self.close_slow(time.monotonic())
         self.end_waiting(is_over=True)
         self.serve_round()
         for lane in self.lanes.values():
-            lane.shutdown(timeout=STOP_SECONDS / 2)
+            lane.shutdown(timeout=STOP_SECONDS / 2 / len(self.lanes))
 
     def add_task(self, channel):
         """A channel has a request to be served. waitress calls this, on any thread."""
+        channel.arrived_at = time.monotonic()
         self.arrived.append(channel)
 
     def park(self, channel, user_id, until):
@@ -5011,7 +5338,7 @@ class Server(TcpWSGIServer):
         readers, writers = [], deque()
         for _ in range(len(self.arrived)):
             channel = self.arrived.popleft()
-            if not channel.has_taken_enough():
+            if channel.total_outbufs_len:
                 channel.is_kept = True
             elif channel.requests[0].command in ("GET", "HEAD", "OPTIONS"):
                 readers.append(channel)
@@ -5054,13 +5381,40 @@ class Server(TcpWSGIServer):
                 # Others write: these may wait for them longer than this thread.
                 channel.go_to("patient")
 
-    def maintenance(self, at):
-        """Close the connections of those who are too slow. waitress calls this each second."""
-        super().maintenance(at)
+    def most_untaken(self):
+        """How much of an answer may be kept for a client before a lane's thread waits for it."""
+        untaken = sum(channel.total_outbufs_len for channel in list(self.active_channels.values()))
+        return MAX_UNTAKEN_BYTES if untaken < ALL_UNTAKEN_BYTES else BUFFER_BYTES
+
+    def close_slow(self, at):
+        """Close the connections of those who are too slow, or have asked nothing for long."""
         for channel in list(self.active_channels.values()):
-            if channel.is_too_slow(at, self.in_connection_overflow):
+            if channel.is_idle() > channel.was_idle:
+                channel.since = at
+            channel.was_idle = channel.is_idle()
+            if channel.is_too_slow(at):
                 # Not will_close: that is looked at once the client takes something.
                 channel.handle_close()
+
+    def find_longest(self):
+        """Who would be closed for another to connect, None while all wait for us alone."""
+        at = time.monotonic()
+        holding = [
+            channel
+            for channel in self.active_channels.values()
+            if channel.total_outbufs_len or not channel.requests
+        ]
+        return max(holding, key=lambda channel: channel.has_held_on(at), default=None)
+
+    def readable(self):
+        return len(self.active_channels) < settings.connections or bool(self.find_longest())
+
+    def handle_accept(self):
+        """Let another client connect, where all connections are taken in the place of one."""
+        if len(self.active_channels) >= settings.connections and (longest := self.find_longest()):
+            longest.handle_close()
+        if len(self.active_channels) < settings.connections:
+            super().handle_accept()
 
     def pull_trigger(self):
         """Wake the serving thread, unless this is it."""
@@ -5203,6 +5557,19 @@ def networks(text):
     ]
 
 
+def share_files():
+    """Have fewer connections and senders where few files may be open. Raises BadSetting."""
+    if not resource:
+        return
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = SENDERS * FILES_OF_A_SENDER + CONNECTIONS * FILES_OF_A_CONNECTION
+    share = min(1, (files - OWN_FILES) / wanted)
+    settings.connections, settings.senders = int(CONNECTIONS * share), int(SENDERS * share)
+    if not settings.senders:
+        least = OWN_FILES + math.ceil(wanted / SENDERS)
+        raise BadSetting(f"{files} open files are too few: allow {least} or more (ulimit -n).")
+
+
 def choose_home(token):
     """The bot's home, Telegram with its token. Raises BadSetting."""
     if not token:
@@ -5242,6 +5609,22 @@ def listen(host, port):
         ) from None
 
 
+class Plain(logging.Formatter):
+    """A message is one line: what clients sent that cannot be printed is shown as in "\\x1b"."""
+
+    @staticmethod
+    def show(text):
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+    def formatMessage(self, record):
+        return self.show(super().formatMessage(record))
+
+    def formatException(self, ei):
+        return "\n".join(map(self.show, super().formatException(ei).split("\n")))
+
+
 def prepare_process():
     """Make this process fit to serve: its files private, enough of them, its output quiet."""
     os.umask(0o077)
@@ -5249,7 +5632,9 @@ def prepare_process():
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # These print URLs, and with them the bot's token.
     for noisy in map(logging.getLogger, ("urllib3", "TeleBot")):
         noisy.handlers = [logging.NullHandler()]
@@ -5279,8 +5664,8 @@ def read_settings(argv):
     return arguments, choose_home(token)
 
 
-def ask_password():
-    """The hash of the new password, typed twice at a terminal, else a line of standard input.
+def ask_password(name):
+    """The hash of this account's new password, typed twice at a terminal, else a line of input.
 
     Raises BadSetting.
     """
@@ -5291,7 +5676,7 @@ def ask_password():
                 raise BadSetting("The two passwords are not the same: try again.")
         else:
             password = sys.stdin.buffer.readline().decode().rstrip("\r\n")
-        return hash_password(NEW_PASSWORD_FIELD.read(password))
+        return hash_password(NEW_PASSWORD_FIELD.read(password, name))
     except Refused as refused:
         raise BadSetting(f"The password cannot be taken: {' '.join(refused.args)}") from None
     except (AttributeError, EOFError, KeyboardInterrupt, OSError, ValueError) as error:
@@ -5316,12 +5701,15 @@ def administer(name, password_hash):
             if user := find_user_by_name(db, name):
                 set_password(db, user["id"], user["password"], password_hash or nobodys_hash())
             elif password_hash:
-                add_user(db, name, password_hash)
+                if add_user(db, NEW_USERNAME_FIELD.read(name), password_hash) is None:
+                    raise BadSetting(f"There is an account {name} in another case already.")
                 done = "its account is made"
             else:
                 raise nobody
             if not password_hash and (chat := find_chat(db, user["id"])):
                 unlink_chat(db, *chat, "the account was disabled")
+    except Refused as refused:
+        raise BadSetting(f"No account {name} can be made: {' '.join(refused.args)}") from None
     except sqlite3.Error as error:
         raise cannot_be_used(error) from None
     announce(f"{name}: {done}")
@@ -5335,9 +5723,9 @@ def start_workers(home, stop):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
     start_thread("polling", home.run, stop)
     start_thread("upkeep", run_upkeep, home, stop)
-    if settings.keep_days:
-        start_thread("forgetting", run_forgetting, stop)
-    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
+    start_thread("tidying", run_tidying, stop)
+    senders = range(settings.senders)
+    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in senders]
 
 
 def start_thread(name, target, *args):
@@ -5401,11 +5789,12 @@ def main(argv=None):
     prepare_process()
     try:
         check_sqlite()
+        share_files()
         arguments, home = read_settings(argv)
         check_store()
         lock, name = None, arguments.set_password or arguments.disable
         # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
-        password_hash = ask_password() if arguments.set_password else None
+        password_hash = ask_password(name) if arguments.set_password else None
         try:
             lock = lock_database()
         except AlreadyRunning:

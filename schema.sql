@@ -15,8 +15,10 @@ CREATE TABLE IF NOT EXISTS users (
     username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
     tokens_from INTEGER NOT NULL DEFAULT 0,        -- JWTs issued (iat) before this second were ended by a new password
-    created_at TEXT NOT NULL
+    created_at TEXT NOT NULL,
+    folded     TEXT NOT NULL DEFAULT ''            -- the name without case: a new one is not to equal it. Not UNIQUE, two older may
 ) STRICT;
+CREATE INDEX IF NOT EXISTS users_by_folded ON users (folded);
 
 -- Refresh tokens that were ended before their time.
 CREATE TABLE IF NOT EXISTS blacklisted_tokens (
@@ -116,7 +118,7 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_by_age ON idempotency_keys (used_at)
 CREATE INDEX IF NOT EXISTS idempotency_keys_by_message ON idempotency_keys (message_id);
 
 -- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of send_at, id.
--- Sent rows are deleted, given-up ones stay with their reason.
+-- Sent rows are deleted, given-up ones stay with their reason for 90 days.
 CREATE TABLE IF NOT EXISTS outbox (
     id          INTEGER PRIMARY KEY,
     bot_id      INTEGER NOT NULL,
@@ -138,9 +140,23 @@ CREATE TABLE IF NOT EXISTS outbox (
     missing_since REAL                             -- of the last attempts, the first that was told: chat not found
 ) STRICT;
 CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
--- Which message stands behind what the bot said in a chat, so that a reply to it finds its author.
+-- Chats that were left with much queued: until the deliveries up to last_id are moved to another chat, or given up, nothing
+-- is sent there.
+CREATE TABLE IF NOT EXISTS leftovers (
+    id          INTEGER PRIMARY KEY,               -- in this order
+    bot_id      INTEGER NOT NULL,
+    chat_id     INTEGER NOT NULL,
+    to_bot_id   INTEGER,                           -- NULL, both: they are given up, for this reason
+    to_chat_id  INTEGER,
+    reason      TEXT NOT NULL,
+    last_id     INTEGER NOT NULL,                  -- of the outbox
+    undelivered TEXT NOT NULL DEFAULT '[]'         -- JSON: [sender_id, recipient_id, count] of messages that failed by it
+) STRICT;
+
+-- Which message stands behind what the bot said in a chat, so that a reply to it finds its author: for 90 days.
 CREATE TABLE IF NOT EXISTS relayed (
     bot_id              INTEGER NOT NULL,
     chat_id             INTEGER NOT NULL,
