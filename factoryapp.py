@@ -3562,6 +3562,10 @@ class Elsewhere(BaseException):
     """
 
 
+# Where a request is when its round could not begin: each goes to its lane.
+NO_ROUND = ""
+
+
 def leave_round(lane):
     """Go on in this lane, in which the request begins anew. Raises Elsewhere in any other place."""
     if request.environ.get("factoryapp.lane", lane) != lane:
@@ -3578,7 +3582,9 @@ def serve_declared(route):
     def serve(**values):
         if said.lane:
             leave_round(said.lane)
-        elif said.body and is_slow_to_read():
+        elif request.environ.get("factoryapp.lane") == NO_ROUND or (
+            said.body and is_slow_to_read()
+        ):
             leave_round("patient")
         try:
             user = said.sign_in()
@@ -5143,9 +5149,9 @@ class Channel(HTTPChannel):
         self.requests[0].get_body_stream().seek(0)
         self.server.lanes[lane].add_task(self)
 
-    def serve_in_round(self):
+    def serve_in_round(self, lane=None):
         """Serve the request and hold its answer. False when it asked for a lane and went there."""
-        self.lane, self.held = None, []
+        self.lane, self.held = lane, []
         self.service()
         return self.held is not None
 
@@ -5377,9 +5383,9 @@ class Server(TcpWSGIServer):
         for channel in waiting:
             if is_begun:
                 self.add_task(channel)
-            else:
-                # Others write: these may wait for them longer than this thread.
-                channel.go_to("patient")
+            elif channel.serve_in_round(NO_ROUND):
+                # Others write, and what may has gone where it waits for them.
+                channel.let_go()
 
     def most_untaken(self):
         """How much of an answer may be kept for a client before a lane's thread waits for it."""
