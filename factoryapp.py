@@ -10,10 +10,10 @@ One message's journey:
   4. What people write to the bot arrives on the polling thread (Bot). The whole effect of an
      update, and the offset behind it, are one transaction.
 
-Threads: the serving thread reads every request and serves most. 4 patient and 2 hashing threads
-take what would hold it up, 64 senders deliver, one polling thread listens to Telegram or to the
-terminal, one sees to the upkeep, one forgets what is too old. They share the database, `turns`,
-`news`, what is known of the bot, and the event that stops them, nothing else.
+Threads: the serving thread reads every request and serves most. Those of the lanes take what would
+hold it up (LANES), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
+one sees to the upkeep, one ends in portions what is left over or too old. They share the database,
+`turns`, `news`, what is known of the bot, and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
   Settings  what can be set, and every limit      Page     what GET / answers
@@ -4191,7 +4191,7 @@ def answer_list(listing, user, **given):
     _, is_whole, piece = read_piece(listing, page)
     if is_whole:
         return b"[%s]" % piece
-    leave_round("patient")
+    leave_round("listing")
     return stream_rows(listing, page)
 
 
@@ -5010,9 +5010,9 @@ def show_openapi():
 # urllib3, which comes with it, on ConnectionCls. So requirements.txt names one version of each.
 
 
-# Threads of each lane: what takes long, or waits for others; logins; registrations, behind which
-# no login waits; /health/, which answers whatever happens.
-LANES = {"patient": 4, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
+# Threads of each lane. None waits behind what is slower or more: a login not behind registrations,
+# what waits for other writers not behind who takes a long list slowly, /health/ behind nothing.
+LANES = {"patient": 3, "listing": 3, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 # Windows has no poll(2).
 poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
@@ -5165,7 +5165,7 @@ class Channel(HTTPChannel):
             if not self.total_outbufs_len:
                 # What the socket takes at once needs no buffer.
                 answer = answer[self.send(answer) :]
-            if self.connected:
+            if answer and self.connected:
                 self.write_soon(answer)
             if self.owes_continue:
                 self.owes_continue = False
@@ -5234,7 +5234,7 @@ class Channel(HTTPChannel):
             # It holds up a thread that others wait for.
             is_in_the_way = (
                 self.total_outbufs_len >= self.adj.outbuf_high_watermark
-                and self.server.lanes[self.lane or "patient"].queue
+                and self.server.lanes[self.lane or "listing"].queue
                 and at - self.since > ANSWER_SECONDS
             )
             return is_stuck or is_in_the_way

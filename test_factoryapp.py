@@ -7627,7 +7627,7 @@ def test_list_of_who_reads_slowly_holds_up_nobody(start, tmp_path):
     headers = join(program.http, "alice")
     store_much(tmp_path, 1500, 16_000)
     slow = []
-    for _ in range(2 * factoryapp.LANES["patient"]):
+    for _ in range(2 * factoryapp.LANES["listing"]):
         slow.append(socket.create_connection(program.address))
         slow[-1].sendall(raw("GET", "/api/messages/", headers))
         assert slow[-1].recv(100)
