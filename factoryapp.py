@@ -5247,8 +5247,12 @@ class Channel(HTTPChannel):
         return at - self.since > IDLE_SECONDS
 
     def has_held_on(self, at):
-        """For how many seconds, as far as that counts where others wait for the connection."""
-        return at - self.since - (ANSWER_SECONDS if self.total_outbufs_len else 0)
+        """For how many seconds, as far as that counts where others wait for the connection.
+
+        Who has just come makes room last, who takes an answer has some time for it.
+        """
+        seconds = at - self.since
+        return seconds - (ANSWER_SECONDS if self.total_outbufs_len or seconds < 1 else 0)
 
 
 class Server(TcpWSGIServer):
