@@ -5066,17 +5066,13 @@ class RouteTask(WSGITask):
             log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
 
 
-class TimedRequest(HTTPRequestParser):
-    """A request that knows when it began, and refuses what others might read in another way.
+class StrictRequest(HTTPRequestParser):
+    """A request that refuses what others might read in another way.
 
     RFC 9112, sections 2.2 and 6.1.
     """
 
     command = "GET"  # of what is not HTTP
-
-    def __init__(self, adj):
-        super().__init__(adj)
-        self.started_at = time.monotonic()
 
     def received(self, data):
         is_header = self.body_rcv is None
@@ -5112,19 +5108,20 @@ class Channel(HTTPChannel):
 
     task_class = RouteTask
     error_task_class = JsonErrorTask
-    parser_class = TimedRequest
+    parser_class = StrictRequest
     lane = None  # where its request is served, None: in a round
     held = None  # in a round: the pieces of the answer, which is not to leave before the commit
     owes_continue = False  # to a request behind it that asked for 100-continue
     is_kept = False  # its next request is served once it has taken the answers before
     waits_until = None  # in ticks, its request for news
     arrived_at = 0  # its request
+    behind = b""  # what it sent behind its request
     taken = 0  # bytes of answers, in all
     was_idle = True  # a second ago
 
     def __init__(self, *args, **named):
         super().__init__(*args, **named)
-        # When it connected, became idle, or began to ask again.
+        # When it connected, became idle, or began its request.
         self.since = time.monotonic()
         # What it had taken at each second in which something was not.
         self.taken_before = deque(maxlen=TAKING_SECONDS + 1)
@@ -5141,6 +5138,8 @@ class Channel(HTTPChannel):
         except Parked as parked:
             self.held = None
             self.server.park(self, *parked.args)
+        else:
+            self.received(b"")
 
     def go_to(self, lane):
         """Have the request served in a lane, whose answers leave as they are made."""
@@ -5171,7 +5170,7 @@ class Channel(HTTPChannel):
                 self.owes_continue = False
                 self.send_continue()
         else:
-            request = TimedRequest(self.adj)
+            request = StrictRequest(self.adj)
             request.error, request.version = NotStored, "1.1"
             JsonErrorTask(self, request).service()
             self.close_when_flushed = True
@@ -5200,7 +5199,7 @@ class Channel(HTTPChannel):
 
     def readable(self):
         # One that waits is read as well, or nobody would notice that its client left.
-        is_waiting = self.waits_until is not None and len(self.requests) == 1
+        is_waiting = self.waits_until is not None and len(self.behind) < self.adj.recv_bytes
         return is_waiting or super().readable()
 
     def handle_close(self):
@@ -5214,15 +5213,33 @@ class Channel(HTTPChannel):
             self.server.add_task(self)
 
     def is_idle(self):
-        """Whether nothing is asked: blank lines alone are nothing."""
-        has_begun = self.request and self.request.header_plus.strip()
-        return not (has_begun or self.requests or self.total_outbufs_len)
+        """Whether nothing is asked: blank lines are nothing."""
+        return not (self.request or self.requests or self.total_outbufs_len)
 
     def received(self, data):
-        was_idle = self.is_idle()
-        super().received(data)
-        if was_idle and not self.is_idle():
-            self.since = time.monotonic()
+        """Read a request. What is behind it is read when that is served, by whoever served it.
+
+        In waitress's place, which reads all: a client may send hundreds at once, hundreds of
+        clients tens of thousands.
+        """
+        with self.requests_lock:
+            if self.will_close or self.close_when_flushed:
+                return
+            self.behind += data
+            if not self.request:
+                self.behind = self.behind.lstrip()
+            while self.behind and not self.requests:
+                if not self.request:
+                    self.request, self.since = StrictRequest(self.adj), time.monotonic()
+                read = self.request.received(self.behind)
+                self.behind = self.behind[read:]
+                is_asked = self.request.expect_continue and self.request.headers_finished
+                if is_asked and not self.sent_continue:
+                    self.send_continue()
+                if self.request.completed:
+                    self.requests.append(self.request)
+                    self.request, self.sent_continue = None, False
+                    self.server.add_task(self)
 
     def is_too_slow(self, at):
         """Whether it has held on to its connection too long. Called each second."""
@@ -5243,7 +5260,7 @@ class Channel(HTTPChannel):
             # It waits for us.
             return False
         if self.request:
-            return at - self.request.started_at > REQUEST_SECONDS
+            return at - self.since > REQUEST_SECONDS
         return at - self.since > IDLE_SECONDS
 
     def has_held_on(self, at):
@@ -5253,6 +5270,26 @@ class Channel(HTTPChannel):
         """
         seconds = at - self.since
         return seconds - (ANSWER_SECONDS if self.total_outbufs_len or seconds < 1 else 0)
+
+
+class FairQueue:
+    """A queue of channels in which the addresses take turns, whatever one of them asks."""
+
+    def __init__(self):
+        self.by_address = OrderedDict()
+
+    def __len__(self):
+        return sum(map(len, self.by_address.values()))
+
+    def append(self, channel):
+        self.by_address.setdefault(channel.addr[0], deque()).append(channel)
+
+    def popleft(self):
+        address, channels = self.by_address.popitem(last=False)
+        channel = channels.popleft()
+        if channels:
+            self.by_address[address] = channels
+        return channel
 
 
 class Server(TcpWSGIServer):
@@ -5275,6 +5312,7 @@ class Server(TcpWSGIServer):
         self.lanes = {}
         for lane, threads in LANES.items():
             self.lanes[lane] = ThreadedTaskDispatcher()
+            self.lanes[lane].queue = FairQueue()
             self.lanes[lane].set_thread_count(threads)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
@@ -5313,6 +5351,7 @@ class Server(TcpWSGIServer):
         """A channel has a request to be served. waitress calls this, on any thread."""
         channel.arrived_at = time.monotonic()
         self.arrived.append(channel)
+        self.pull_trigger()
 
     def park(self, channel, user_id, until):
         """Keep a request until there is news. With as many as may wait, it is served at once."""
