@@ -3856,7 +3856,7 @@ class NewPassword(Text):
     @staticmethod
     def core(text):
         """What is left of a text without case, and digits at its ends."""
-        return re.sub(r"^\d+|\d+$", "", fold(text)) or text
+        return fold(text).strip("0123456789") or text
 
     @property
     def schema(self):
