@@ -3540,7 +3540,7 @@ def asks(**fields):
 
 def takes(max_body_bytes=MAX_BODY_BYTES, plain=None, **fields):
     """The route gets these fields of the body."""
-    return declare(413, 415, max_body_bytes=max_body_bytes, plain=plain, body=fields)
+    return declare(403, 413, 415, max_body_bytes=max_body_bytes, plain=plain, body=fields)
 
 
 def answers(status, schema, *refusals):
@@ -4867,7 +4867,7 @@ MEANINGS = {
     401: "The token, or name and password, are not valid.",
     409: "It is too late for this.",
     422: "The Idempotency-Key was used for another request.",
-    429: "Too many wrong passwords were tried: wait for so many seconds as Retry-After says.",
+    429: "This was tried, or sent, too often: wait for so many seconds as Retry-After says.",
 }
 
 
