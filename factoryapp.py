@@ -3846,7 +3846,7 @@ class NewUsername(Text):
         if len(words & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
             yield "Enter a valid username. This value mixes letters of two alphabets."
         # Letters to Unicode, though nothing is seen of them.
-        if re.search("[\u115f\u1160]", text):
+        if re.search("[\u115f\u1160\U00013441\U00013442]", text):
             yield "Enter a valid username. This value holds letters that cannot be seen."
 
 
