@@ -1279,6 +1279,36 @@ def test_ladder_ends_with_the_messages_of_a_fresh_database(version_1, tmp_path, 
     assert tables[0] == tables[1]
 
 
+OLD_NAMES = "Alice", "alice", "\u0430lice", "ali\u115fce", "straße"
+
+
+def test_names_that_an_older_version_took_stay_and_no_new_one_equals_them(
+    http, telegram, bot_api, tmp_path
+):
+    db, hashed = factoryapp.connection(), factoryapp.hash_password(PASSWORD)
+    for n, name in enumerate(OLD_NAMES):
+        assert factoryapp.add_user(db, f"{name}{n}", hashed)
+    db.execute("UPDATE users SET username = substr(username, 1, length(username) - 1)")
+    db.executescript(
+        "DROP INDEX users_by_folded; ALTER TABLE users DROP folded; PRAGMA user_version = 4"
+    )
+    factoryapp.open_store()
+    old = [log_in(http, name) for name in OLD_NAMES]
+    for name in OLD_NAMES:
+        assert post(http, old[0], "text", recipient=name)["recipient"] == name
+    link_chat(http, telegram, bot_api, old[2], 7)
+    assert [user["username"] for user in http.get("/api/users/", headers=old[0]).json] == [
+        *OLD_NAMES
+    ]
+    for name in ("ALICE", "STRASSE", "\u0430LICE", "\u0430lice"):
+        sent = {"username": name, "password": PASSWORD}
+        assert "username" in http.post_json("/api/users/register/", sent, status=400).json
+    assert administer(tmp_path, "--disable", OLD_NAMES[3]) == (0, f"{OLD_NAMES[3]}: {DISABLE}")
+    assert administer(tmp_path, "--set-password", OLD_NAMES[2]) == (0, f"{OLD_NAMES[2]}: {SET}")
+    http.get("/api/users/me/", headers=old[2], status=401)
+    try_password(http, OLD_NAMES[3], PASSWORD)
+
+
 @pytest.fixture
 def version_2(version_1):
     """A database of version 2 in which nothing is queued yet; Alice and Bob have chats."""
@@ -1848,6 +1878,33 @@ def test_whoever_comes_when_the_memory_for_failed_logins_is_full_is_throttled(ht
         try_password(http, "alice", address="192.0.2.99", status=status)
 
 
+@pytest.mark.parametrize("is_forwarded", [False, True])
+@pytest.mark.parametrize(
+    "one, same, other",
+    [
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1"),
+        ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2"),
+        ("::ffff:192.0.2.1", "192.0.2.1", "::ffff:192.0.2.2"),
+        ("fe80::1%a", "fe80::1%b", "fe80:0:0:1::1%a"),
+    ],
+)
+def test_addresses_of_one_client_are_throttled_as_one(
+    http, monkeypatch, one, same, other, is_forwarded
+):
+    monkeypatch.setattr(factoryapp, "LOGIN_FAILURES_PER_ADDRESS", 1)
+    monkeypatch.setattr(factoryapp, "REGISTRATIONS_PER_ADDRESS", 1)
+    trust(monkeypatch, "127.0.0.1")
+    for path, refused in (("/auth/token/", 401), ("/api/users/register/", 400)):
+        answered = []
+        for address in (one, same, other):
+            where = {"headers": {"X-Forwarded-For": address}}
+            if not is_forwarded:
+                where = {"extra_environ": {"REMOTE_ADDR": address}}
+            sent = {"username": "bob", "password": "1"}
+            answered.append(http.post_json(path, sent, status="*", **where).status_int)
+        assert answered == [refused, 429, refused]
+
+
 def test_unknown_name_costs_the_hash_of_a_wrong_password(http, monkeypatch):
     costs, real = [], factoryapp.hashlib.scrypt
 
@@ -2388,6 +2445,76 @@ def test_sender_is_told_once_of_a_message_none_of_whose_parts_can_be_delivered(
     told = [text for text in bot_api.texts(7) if "Не доставлено" in text]
     assert len(bot_api.failures[8]) == 0 and len(bot_api.texts(8)) == 1
     assert told == [factoryapp.NOT_DELIVERED.format(username="bob", count=1)]
+
+
+def post_statuses(http, headers, count, recipient):
+    """What so many posts in a row to this recipient are answered."""
+    sent = {"text": "text", "recipient": recipient}
+    return [
+        http.post_json("/api/messages/", sent, headers=headers, status="*").status_int
+        for _ in range(count)
+    ]
+
+
+def test_to_another_go_a_hundred_messages_at_once_and_then_one_a_second(http, clock):
+    alice, bob, _ = (join(http, name) for name in ("alice", "bob", "carol"))
+    assert post_statuses(http, alice, 102, "bob") == [201] * 100 + [429] * 2
+    assert len(list_messages(http, bob)) == 100
+    sent = {"text": "text", "recipient": "bob"}
+    refused = http.post_json("/api/messages/", sent, headers=alice, status=429)
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json == {"detail": "Request was throttled. Expected available in 1 seconds."}
+    assert post_statuses(http, alice, 101, "alice") == [201] * 101
+    assert (
+        post_statuses(http, alice, 1, "carol") + post_statuses(http, bob, 1, "alice") == [201] * 2
+    )
+    clock.move(3)
+    assert post_statuses(http, log_in(http, "alice"), 4, "bob") == [201] * 3 + [429]
+
+
+def test_retry_of_what_was_stored_is_answered_while_its_sender_is_too_fast(
+    http, monkeypatch, clock
+):
+    monkeypatch.setattr(factoryapp, "MESSAGES_AT_ONCE", 2)
+    alice, sent = join(http, "alice"), {"text": "text", "recipient": "bob"}
+    register(http, "bob")
+
+    def send(key):
+        headers = {**alice, "Idempotency-Key": key}
+        answer = http.post_json("/api/messages/", sent, headers=headers, status="*")
+        return answer.status_int, "Idempotency-Replayed" in answer.headers
+
+    assert [send(key) for key in "aaabcab"] == [
+        (201, False),
+        (201, True),
+        (201, True),
+        (201, False),
+        (429, False),
+        (201, True),
+        (201, True),
+    ]
+    clock.move(1)
+    assert send("c") == (201, False)
+
+
+def test_message_to_several_goes_to_none_while_it_is_too_fast_for_one(http, monkeypatch, clock):
+    monkeypatch.setattr(factoryapp, "MESSAGES_AT_ONCE", 1)
+    alice, bob, carol = (join(http, name) for name in ("alice", "bob", "carol"))
+    assert post_statuses(http, alice, 1, ["bob", "alice"]) == [201]
+    assert post_statuses(http, alice, 2, ["carol", "bob", "alice"]) == [429] * 2
+    assert (len(list_messages(http, bob)), list_messages(http, carol)) == (1, [])
+    assert post_statuses(http, alice, 1, "carol") == [201]  # nothing of those counted
+
+
+def test_memory_for_paces_is_bounded(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "THROTTLE_KEYS", 2)
+    monkeypatch.setattr(factoryapp, "MESSAGES_AT_ONCE", 1)
+    alice = join(http, "alice")
+    for name in ("bob", "carol", "dave"):
+        register(http, name)
+        assert post_statuses(http, alice, 1, name) == [201]
+    assert list(factoryapp.pace.paid_until) == [(1, 3), (1, 4)]
+    assert post_statuses(http, alice, 1, "dave") == [429]
 
 
 def given_up_lines(caplog):
@@ -2981,6 +3108,24 @@ def test_buttons_stay_below_a_question_whose_press_is_skipped(http, telegram, bo
     [asked] = copies(bot_api, 8, "Стоп?")
     assert press(telegram, bot_api, 8, asked) == [factoryapp.TOO_LATE]
     assert press(telegram, bot_api, 8, asked, 1) == [None]
+
+
+def test_whoever_answers_too_fast_in_the_bot_is_told_so_and_nothing_is_stored(
+    http, telegram, bot_api, clock, pair, monkeypatch
+):
+    monkeypatch.setattr(factoryapp, "MESSAGES_AT_ONCE", 1)
+    alice, bob = pair
+    ask(http, telegram, alice)
+    [question] = copies(bot_api, 8, "Стоп?")
+    said = [factoryapp.TOO_FAST.format(username="alice", seconds=1)]
+    assert say(telegram, bot_api, 8, "раз", reply_to=question)[-1].endswith("раз")
+    assert say(telegram, bot_api, 8, "два", reply_to=question) == said
+    assert press(telegram, bot_api, 8, question) == said
+    clock.move(1)
+    assert press(telegram, bot_api, 8, question) == [None]
+    assert say(telegram, bot_api, 8, "себе") != said
+    texts = [(m["sender"], m["text"]) for m in list_messages(http, bob)]
+    assert texts == [("alice", "Стоп?"), ("bob", "раз"), ("bob", "Да"), ("bob", "себе")]
 
 
 @alone_and_crowded
@@ -4581,6 +4726,38 @@ def test_trusted_proxies_are_networks_and_lists(
     assert believed == [True] * len(trusted) + [False] * len(strangers)
 
 
+@pytest.mark.parametrize(
+    "site, is_foreign",
+    [("cross-site", True), ("same-site", False), ("same-origin", False), ("none", False)],
+)
+def test_what_another_site_has_a_browser_post_is_refused(http, site, is_foreign):
+    headers, sent = join(http, "alice"), {"username": "bob", "password": PASSWORD, "text": "a"}
+    said, answered = {**headers, "Sec-Fetch-Site": site}, {}
+    for path in ("/api/users/register", "/auth/token/", "/api/messages/", "/api/users/keys/"):
+        answered[path] = http.post(path, sent, headers=said, status="*").status_int
+    assert (set(answered.values()) == {403}) == is_foreign
+    assert len(list_messages(http, headers)) == (0 if is_foreign else 1)
+    http.get("/", headers=said, status=200)
+
+
+@pytest.mark.parametrize(
+    "path, status",
+    [
+        ("/%ff", 400),
+        ("/api/users/me%FF/", 400),
+        ("/%80/health/", 400),
+        ("/health/%c3%28", 400),
+        ("/%ed%a0%80", 400),
+        ("/%c0%af", 400),
+        ("/%d1%86%d0%b5%d1%85", 404),
+        ("/%00%f0%9f%98%80", 404),
+    ],
+)
+def test_path_that_is_not_utf_8_is_refused(http, path, status):
+    answer = talk(http, raw("GET", path, version="1.0"))
+    assert statuses(answer) == [status] and b'{"detail":' in answer
+
+
 def test_every_answer_is_private_and_nothing_but_json(http):
     headers = join(http, "alice")
     for response in (
@@ -5170,6 +5347,135 @@ def test_thirty_registrations_of_one_name_make_one_account(http):
     for thread in threads:
         thread.join()
     assert sorted(answer.status_int for answer in answers) == [201] + [400] * 29
+
+
+MIXED = "Enter a valid username. This value mixes letters of two alphabets."
+UNSEEN = "Enter a valid username. This value holds letters that cannot be seen."
+NAME_IS_TAKEN = "A user with that username already exists."
+
+
+@pytest.mark.parametrize(
+    "first, name, sentence",
+    [
+        ("alice", "Alice", NAME_IS_TAKEN),
+        ("Alice", "alice", NAME_IS_TAKEN),
+        ("alice", " ＡＬＩＣＥ", NAME_IS_TAKEN),
+        ("иван", "ИВАН", NAME_IS_TAKEN),
+        ("straße", "STRASSE", NAME_IS_TAKEN),
+        ("σίσυφος", "ΣΊΣΥΦΟΣ", NAME_IS_TAKEN),
+        ("ꭰ", "Ꭰ", NAME_IS_TAKEN),
+        ("alice", "\u0430lice", MIXED),
+        ("alice", "alic\u0435", MIXED),
+        ("alice", "\u03b1lice", MIXED),
+        ("иван", "и\u0432aн", MIXED),
+        ("alice", "x" * 149 + "\u0430", MIXED),
+        ("bob", "b\u115fob", UNSEEN),
+        ("bob", "bob\u1160", UNSEEN),
+        ("bob", "bo\u3164b", UNSEEN),
+        ("bob", "\uffa0bob", UNSEEN),
+        ("bob", "\u115f", UNSEEN),
+        ("bob", "bob\U00013441", UNSEEN),
+        ("bob", "bo\u200db", ONLY_LETTERS),
+        ("bob", "bo\u034fb", ONLY_LETTERS),
+    ],
+)
+def test_new_name_that_passes_for_another_is_refused(http, first, name, sentence):
+    headers, sent = join(http, first), {"username": name, "password": PASSWORD}
+    refused = http.post_json("/api/users/register/", sent, status=400).json
+    assert [*refused] == ["username"] and refused["username"][-1] == sentence
+    try_password(http, name, PASSWORD)
+    assert http.get("/api/users/", headers=headers).json == [{"id": 1, "username": first}]
+
+
+def test_new_name_of_one_alphabet_is_shown_as_it_is_written(http):
+    names = ["Bob.2@X-4", "Мария_1", "μαρία", "山田Taro", "Ünal", "王", "Ёж+Ўғ", "ALICES"]
+    headers = [join(http, name) for name in names][0]
+    assert [user["username"] for user in http.get("/api/users/", headers=headers).json] == names
+    assert [post(http, headers, "a", recipient=name)["recipient"] for name in names] == names
+
+
+def test_name_that_somebody_took_in_another_case_during_the_hash_is_refused(http, monkeypatch):
+    real, sent = factoryapp.hash_password, {"username": "alice", "password": PASSWORD}
+
+    def take_meanwhile(password):
+        with factoryapp.transaction() as db:
+            factoryapp.add_user(db, "Alice", real(password))
+        return real(password)
+
+    monkeypatch.setattr(factoryapp, "hash_password", take_meanwhile)
+    assert http.post_json("/api/users/register/", sent, status=400).text == TAKEN
+    assert http.get("/api/users/", headers=log_in(http, "Alice")).json[0]["username"] == "Alice"
+
+
+def test_hundred_registrations_of_an_address_are_enough_and_count_apart_from_logins(
+    http, monkeypatch, clock
+):
+    def try_to_register(status, address="192.0.2.1", **sent):
+        where = {"extra_environ": {"REMOTE_ADDR": address}}
+        return http.post_json("/api/users/register/", sent, status=status, **where)
+
+    bob, carol = ({"username": name, "password": PASSWORD} for name in ("bob", "carol"))
+    monkeypatch.setattr(factoryapp, "LOGIN_FAILURES_PER_ADDRESS", 1)
+    for status in (401, 429):
+        try_password(http, "bob", status=status)
+    try_to_register(201, **bob)
+    for name in ("bob", "a b") * 49:
+        try_to_register(400, username=name, password=PASSWORD)
+    try_to_register(400)
+    clock.move(1)
+    refused = try_to_register(429, **carol)
+    assert refused.headers["Retry-After"] == "299"
+    assert refused.json == {"detail": "Request was throttled. Expected available in 299 seconds."}
+    try_to_register(201, address="192.0.2.2", **carol)
+    try_password(http, "carol", PASSWORD, address="192.0.2.2", status=200)
+    clock.move(299)
+    try_to_register(201, username="dave", password=PASSWORD)
+    try_password(http, "dave", PASSWORD, status=200)
+
+
+SIMILAR = "The password is too similar to the username."
+SHORT = "This password is too short. It must contain at least 8 characters."
+COMMON = "This password is too common."
+NUMERIC = "This password is entirely numeric."
+
+
+@pytest.mark.parametrize(
+    "username, password, sentences",
+    [
+        ("operator", "operator", [SIMILAR]),
+        ("Operator77", "12OPERATOR3", [SIMILAR]),
+        ("оператор1", "Оператор", [SIMILAR]),
+        ("ﬁremaster", "FIREMASTER9", [SIMILAR]),
+        ("straßenbahn", "STRASSENBAHN", [SIMILAR]),
+        ("12345678", "12345678", [SIMILAR, COMMON, NUMERIC]),
+        ("monkey", "MONKEY", [SIMILAR, SHORT, COMMON]),
+        ("bob", "12345678", [COMMON, NUMERIC]),
+        ("bob", "123456", [SHORT, COMMON, NUMERIC]),
+        ("bob", "QwertyUiop", [COMMON]),
+        ("bob", "87654321", [NUMERIC]),
+        ("12345678", "87654321", [NUMERIC]),
+        ("12345678", "a12345678a", None),
+        ("bob", "bob-the-first", None),
+        ("bob", "1bobbob", [SHORT]),
+        ("bob", "1b2o3b4567", None),
+        ("bob", "password12", None),
+    ],
+)
+def test_new_password_that_is_easily_guessed_is_refused(http, username, password, sentences):
+    sent = {"username": username, "password": password}
+    answer = http.post_json("/api/users/register/", sent, status="*").json
+    assert answer.get("password") == sentences
+    if sentences:
+        headers = join(http, username)
+        sent = {"current_password": PASSWORD, "new_password": password}
+        refused = http.post_json("/api/users/set-password/", sent, headers=headers, status=400)
+        assert refused.json == {"new_password": sentences}
+
+
+def test_password_of_thousands_of_digits_takes_no_time(http):
+    sent, started_at = {"username": "bob", "password": "a" + "1" * 60_000 + "a"}, time.monotonic()
+    http.post_json("/api/users/register/", sent, status=400)
+    assert time.monotonic() - started_at < 2
 
 
 @pytest.mark.parametrize("spelling", ["alice", " alice ", "ａｌｉｃｅ"])
@@ -6667,6 +6973,17 @@ def test_openapi_names_what_it_answers_and_refuses(http):
         assert {"400", "500", "503"} <= set(operation["responses"])
 
 
+def test_openapi_names_the_refusals_of_what_is_too_much_or_from_another_site(http):
+    throttled, foreign = set(), {"Sec-Fetch-Site": "cross-site"}
+    for method, path, operation in described_operations(http.get("/openapi.json").json):
+        if "429" in operation["responses"]:
+            throttled.add(operation["operationId"])
+        if method == "POST":
+            http.post(path, headers=foreign, status=403)
+            assert "403" in operation["responses"], path
+    assert throttled == {"register", "log_in", "change_password", "post_message"}
+
+
 def test_openapi_says_of_everything_what_it_is(http):
     document = http.get("/openapi.json").json
     for _, path, operation in described_operations(document):
@@ -7564,6 +7881,153 @@ def test_header_over_the_limit_is_refused(http):
     assert statuses(answer) == [431] and b'"detail"' in answer
 
 
+@pytest.mark.parametrize("coding", ["chunked", "Chunked", " \tCHUNKED "])
+def test_body_in_chunks_is_read_and_the_next_request_too(http, coding):
+    headers = {**join(http, "alice"), "Transfer-Encoding": coding, "Content-Type": "text/plain"}
+    head = raw("POST", "/api/messages/", headers).replace(b"Content-Length: 0\r\n", b"")
+    answer = talk(http, head + b"2\r\nhi\r\n0\r\n\r\n" + raw("GET", "/x", version="1.0"))
+    assert statuses(answer) == [201, 404] and b'"text":"hi"' in answer
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        ["chunked, chunked"],
+        [","],
+        [""],
+        [" , "],
+        ["chunked,"],
+        [",chunked"],
+        ["identity"],
+        ["gzip, chunked"],
+        ["xchunked"],
+        ["chunked;q=1"],
+        ["chunked\x0b"],
+        ["chunked\x85"],
+        ['"chunked"'],
+        ["chun\u212aed"],
+        ["chunked", "chunked"],
+        ["", "chunked"],
+        ["chunked", "identity"],
+    ],
+)
+def test_transfer_encoding_that_others_may_read_in_another_way_is_refused(http, codings):
+    lines = "".join(f"Transfer-Encoding: {coding}\r\n" for coding in codings).encode()
+    head = b"POST /auth/token/ HTTP/1.1\r\n" + lines + b"Content-Type: application/json\r\n\r\n"
+    answer = talk(http, head + b"2\r\n{}\r\n0\r\n\r\n" + raw("GET", "/x", version="1.0"))
+    assert statuses(answer) in ([400], [501]) and answer.endswith(b"EOF")
+    assert b'"detail":' in answer
+
+
+@pytest.mark.parametrize(
+    "line, status",
+    [
+        (b"GET http://[ HTTP/1.0", 400),
+        (b"GET http://[x]/ HTTP/1.0", 400),
+        (b"GET http://]/x HTTP/1.0", 400),
+        (b"GET //[ HTTP/1.0", 404),
+        (b"GET /x HTTP/1.0\r\nContent-Length: " + b"1" * 5000, 400),
+        (b"GET /x HTTP/1.0\r\nContent-Length: " + b"0" * 5000, 400),
+        (b"GET /x HTTP/1.0\r\nContent-Length: 1, 1", 400),
+        (b"GET /x HTTP/1.0\r\nContent-Length: \xd9\xa3", 400),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_request_is_refused_without_a_traceback(http, caplog, line, status):
+    answer = talk(http, line + b"\r\n\r\n")
+    assert statuses(answer) == [status] and b'{"detail":' in answer
+    assert errors(caplog) == []
+
+
+ODD_PIECES = [
+    *(
+        b"\x1b[2J",
+        b"\0",
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b"\x9b",
+        b"\xc2\x9b",
+        b"\xff",
+        b"%ff",
+        b"%0a",
+        b"%1b",
+    ),
+    *(
+        b"%c2%9b",
+        b"[",
+        b"]",
+        b"://",
+        b"\xe2\x80\xa8",
+        b"9" * 5000,
+        b"-1",
+        b"\t",
+        b":",
+        b",",
+        b'"',
+        b"\\",
+    ),
+    *(
+        b"{",
+        b"%",
+        b"?",
+        b"#",
+        b"//",
+        b"\\ud800",
+        b"\\u001b",
+        b"NaN",
+        b"1e400",
+        b"utf-7",
+        b"idna",
+        b"rot13",
+    ),
+    *(b"undefined", b"utf-16", b"chunked", b"HTTP/1.1", b"\x7f", b"\x85"),
+]
+
+
+def odd_requests(headers, count):
+    """Requests of every kind, with odd pieces in odd places; the first are odd by intent."""
+    draw, name = random.Random(14), b'\r\nContent-Disposition: form-data; name="username"\r\n'
+    part = b"--x" + name + b"Content-Type: text/plain; charset=%s\r\n\r\nbob\r\n--x--\r\n"
+    multipart = {"Content-Type": MULTIPART}
+    for charset in (b"\x1b[2J", b"\xc2\x9b2J", b"x\n2026-01-01 00:00:00,000 ERROR forged"):
+        yield raw("POST", "/auth/token/", multipart, part % charset)
+    sent = {"username": "bob\n\x1b[2J\x9b\u2028", "password": "x"}
+    yield raw("POST", "/auth/token/", body=json.dumps(sent, ensure_ascii=False).encode())
+    yield raw("GET", "/auth/%0a2026-01-01%20ERROR%1b[2J%c2%9b%e2%80%a8/")
+    yield raw("GET", "/auth/token/", {"X-Forwarded-For": "\x85\u009b"})
+    usual = [
+        raw("GET", "/api/messages/?wait=0&limit=3", {**headers, "X-Forwarded-For": "1.2.3.4, ::1"}),
+        raw("POST", "/api/users/register/", body=b'{"username":"bob","password":"S3cure"}'),
+        raw("POST", "/auth/token/", multipart, part % b"utf-8"),
+        raw("POST", "/auth/token/", {"Content-Type": FORM}, b"username=bob&password=%D0%B9"),
+        raw("POST", "/api/messages/", headers, b'{"text":"hi","recipient":["alice"],"silent":1}'),
+        raw("OPTIONS", "http://[::1]:80/api/messages/", {"Expect": "100-continue"}),
+        raw("DELETE", "/api/messages/1/", headers),
+    ]
+    for _ in range(count):
+        request = bytearray(draw.choice(usual))
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            at = draw.randrange(draw.choice((60, len(request))))
+            request[at : at + draw.choice((0, 1, 8))] = draw.choice(ODD_PIECES)
+        yield bytes(request)
+
+
+def test_nothing_that_clients_send_is_a_control_character_or_a_traceback_in_the_log(start):
+    program = start("--log-level", "debug", "--trusted-proxy", "127.0.0.1")
+    for request in odd_requests(join(program.http, "alice"), 600):
+        with socket.create_connection(program.address, timeout=5) as sock, suppress(OSError):
+            sock.sendall(request)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(65536)
+    program.http.get("/x", status=404)
+    assert program.end()[0] == 0
+    lines = program.log().split("\n")[:-1]
+    a_line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING) "
+    assert len(lines) > 200 and all(line.isprintable() for line in lines)
+    assert [line for line in lines if not re.match(a_line, line)] == []
+
+
 @pytest.mark.parametrize(
     "header", [b"X:" + b" " * 16_000 + b"a", b"X:" + b"\t " * 50 + b"a", b"X: a\r\n b", b"X: \0"]
 )
@@ -8085,6 +8549,13 @@ def alone_with_alice(tmp_path, monkeypatch):
         (["--set-password", "alice"], "short\n", "too short"),
         (["--set-password", "alice"], "secret-\xff-pass\n", "UnicodeDecodeError"),
         (["--set-password", "a b"], NEW_PASSWORD, "may contain only letters"),
+        (["--set-password", "ALICE"], NEW_PASSWORD, "in another case"),
+        (["--set-password", "\u0430lice"], NEW_PASSWORD, "two alphabets"),
+        (
+            ["--set-password", "alice"],
+            "1Alice\n",
+            "similar to the username. This password is too sh",
+        ),
         (["--disable", "\udcff\n"], "", "U+DCFF"),
         (["--disable", "bob"], "", "no account bob"),
         (["--disable", "alice", "--set-password", "alice"], NEW_PASSWORD, "not allowed with"),
@@ -8107,6 +8578,23 @@ def test_administration_while_a_server_of_another_schema_runs_is_refused(
         code, said = administer(tmp_path, "--set-password", "alice")
     assert code == 2 and "already running" in said
     assert list_accounts() == alone_with_alice and factoryapp.check_store() == version
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", ".lock"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_link_in_place_of_a_file_beside_the_database_is_not_followed(
+    tmp_path, monkeypatch, capsys, caplog, suffix, is_there
+):
+    caplog.set_level("WARNING", factoryapp.log.name)  # it is set back when the test ends
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
+    target, link = tmp_path / "target", tmp_path / f"factoryapp.db{suffix}"
+    if is_there:
+        target.write_text("precious")
+    link.symlink_to(target)
+    assert factoryapp.main(["--db", factoryapp.settings.db, "--disable", "alice"]) == 2
+    assert f"{link} is a symbolic link" in capsys.readouterr().err
+    assert target.exists() == is_there and [*tmp_path.glob("factoryapp.db*")] == [link]
+    assert not is_there or target.read_text() == "precious"
 
 
 def test_disabling_in_a_database_that_is_not_there_makes_none(tmp_path):
