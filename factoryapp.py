@@ -356,8 +356,8 @@ def find_cut(text, limit):
     return limit
 
 
-# None ends before a mark that belongs to it, unless there are hundreds.
-PIECE = re.compile(r".{1,300}(?![^\w\s])|.{1,300}", re.DOTALL)
+# None ends before a mark, or a jamo of Hangul, that belongs to it, unless there are hundreds.
+PIECE = re.compile(r".{1,300}(?![^\w\s!-\u02ff\u2100-\u2bff]|[\u1161-\u11c2])|.{1,300}", re.DOTALL)
 
 # What Telegram strips or trims: to it, a text of nothing else is empty.
 NOTHING = re.compile("[\\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]*")
