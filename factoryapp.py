@@ -740,7 +740,6 @@ def transaction():
         with savepoint(db):
             yield db
         return
-    check_files()
     ends_at = ticks() + patience()
     if not write_lock.acquire(timeout=patience()):
         raise sqlite3.OperationalError("other threads write for too long")
@@ -748,6 +747,8 @@ def transaction():
         # What is left of it for other processes.
         db.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * (ends_at - ticks())))}")
         db.execute("BEGIN IMMEDIATE")
+        # Not before: it may have waited for seconds.
+        check_files()
         db.queued_for, db.changed_for = set(), set()
         yield db
         commit(db)
