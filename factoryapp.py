@@ -1686,15 +1686,17 @@ def move_deliveries(db, ids, bot_id, chat_id):
 def list_queues(db, bot_id):
     """(chat id, Again) of each chat with something queued.
 
-    The clock may have been set back: no retry waits longer than its own pause. A chat that was told
-    to wait does, though something else in it may come first by now.
+    The clock may have been set back: no chat waits longer than the pause of its last try. A chat
+    that was told to wait does, though something else in it may come first by now.
     """
     queues = db.run(
         """
-        SELECT chat_id, max(0, min(send_at) - ?1, max(min(due_at - ?1, pause))),
+        SELECT chat_id, max(0, min(send_at) - ?1, max(min(due_at - ?1, pause) * is_last_try)),
             CASE WHEN max(due_at) <= max(min(send_at), ?1) THEN 'early'
                 WHEN max(error LIKE '429 %') THEN 'told' ELSE 'failed' END
-        FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL GROUP BY chat_id
+        FROM (SELECT chat_id, send_at, due_at, pause, error,
+                due_at - pause = max(due_at - pause) OVER (PARTITION BY chat_id) AS is_last_try
+            FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL) GROUP BY chat_id
         """,
         now(),
         bot_id,
