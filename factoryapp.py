@@ -1642,9 +1642,19 @@ def add_leftover(db, chat, to_chat, reason):
     )
 
 
-def find_leftover(db):
-    """The oldest of those that are not done with, or None."""
-    return db.one("SELECT * FROM leftovers ORDER BY id LIMIT 1")
+def find_leftover(db, bot_id=None, chat_id=None):
+    """The oldest of this chat that is not done with, else of any, or None.
+
+    Of any: else one who leaves much, again and again, would hold up all others.
+    """
+    return db.one(
+        """
+        SELECT *, min(id) FROM leftovers GROUP BY bot_id, chat_id
+        ORDER BY bot_id = ? AND chat_id = ? DESC, random() LIMIT 1
+        """,
+        bot_id,
+        chat_id,
+    )
 
 
 def list_leftover(db, leftover):
@@ -1707,7 +1717,7 @@ def list_queues(db, bot_id):
 def find_head(db, bot_id, chat_id):
     """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said.
 
-    Or while some of it is still to be moved away, or given up.
+    Or while some of it is still to be moved, away or here, or given up.
     """
     return db.one(
         """
@@ -1720,7 +1730,8 @@ def find_head(db, bot_id, chat_id):
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
                 AND relayed.chat_id = outbox.chat_id AND outbox.send_at >= 0) AS replied_id
         FROM outbox WHERE bot_id = ?1 AND chat_id = ?2 AND given_up_at IS NULL
-            AND NOT EXISTS (SELECT 1 FROM leftovers WHERE bot_id = ?1 AND chat_id = ?2)
+            AND NOT EXISTS (SELECT 1 FROM leftovers
+                WHERE (bot_id = ?1 AND chat_id = ?2) OR (to_bot_id = ?1 AND to_chat_id = ?2))
         ORDER BY send_at, id LIMIT 1
         """,
         bot_id,
@@ -2115,17 +2126,17 @@ def unlink_chat(db, bot_id, chat_id, reason):
 def leave_queue(db, chat, to_chat=(None, None), reason=""):
     """What is queued for a chat moves to another, or is given up: much of it in portions."""
     add_leftover(db, chat, to_chat, reason)
-    settle_leftover(db)
+    settle_leftover(db, *chat)
 
 
-def settle_leftover(db):
-    """See to some of what is left of a queue. False when nothing is.
+def settle_leftover(db, *chat):
+    """See to some of what is left of a queue, of this chat's first.
 
     Who sent what is given up is told at its end, once.
     """
-    leftover = find_leftover(db)
+    leftover = find_leftover(db, *chat)
     if not leftover:
-        return False
+        return
     ids, undelivered = list_leftover(db, leftover), Counter()
     for sender_id, recipient_id, count in json.loads(leftover["undelivered"]):
         undelivered[sender_id, recipient_id] = count
@@ -2139,7 +2150,6 @@ def settle_leftover(db):
     else:
         delete_leftover(db, leftover)
         tell_senders(db, undelivered)
-    return True
 
 
 def give_up(db, reason, delivery_id):
