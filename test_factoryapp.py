@@ -566,6 +566,62 @@ def test_letters_are_sent_as_telegram_keeps_them():
     assert factoryapp.split_text("A\u030angstro\u0308m") == ["Ångström"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "안녕하세요" * 300,
+        "안녕하세요 세계입니다 " * 150,
+        "ガギグゲゴパピプ" * 300,
+        "Tiếng Việt rất đẹp " * 100,
+        "শোকৌ" * 300,
+        "கொகோகௌ" * 300,
+        "ཀཱི" * 500,
+        "آأؤإئ" * 300,
+        "ᾧᾂΐ" * 300,
+        "≠∄⊈" * 300,
+        "👨‍👩‍👧‍👦é" * 300,
+        ("e" + "\u0301\u0323" * 20) * 50,
+    ],
+)
+def test_letters_are_composed_in_any_script_wherever_they_stand(text):
+    for offset in range(5):
+        decomposed = unicodedata.normalize("NFD", "!" * offset + text)
+        assert factoryapp.split_text(decomposed) == [unicodedata.normalize("NFC", decomposed)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" + "\u0315" * 8000 + "\u0300" * 8000, "\u1100" + "\u1161" * 16_000, "=\u0338" * 8000],
+)
+def test_no_more_than_300_letters_are_composed_at_once(text, monkeypatch):
+    real, lengths = unicodedata.normalize, []
+
+    def normalize(form, text):
+        lengths.append(len(text))
+        return real(form, text)
+
+    monkeypatch.setattr(factoryapp.unicodedata, "normalize", normalize)
+    parts = factoryapp.split_text(text, "alice")
+    assert max(lengths) <= 300 and sum(lengths) == len(text)
+    assert max(map(len, parts)) <= 4096
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("🇦" * 200 + "\u0301") * 90,
+        "🇦" * 3900 + "\u0301" * 12_000,
+        "🏴" + "\U000e0067" * 16_000,
+        "\u0301\u200d" * 8000,
+        "\r\n" * 4096 + "x" * 8000,
+    ],
+)
+def test_long_text_is_split_in_no_time(text):
+    started_at = time.thread_time()
+    factoryapp.split_text("x" + text[:16_383], "alice")
+    assert time.thread_time() - started_at < 0.2
+
+
 # --- Turns ----------------------------------------------------------------------------------------
 
 
@@ -823,6 +879,25 @@ def test_new_text_before_one_that_waits_does_not_end_the_pause_at_a_restart(
     clock.move(3)
     deliver_all(telegram)
     assert sorted(bot_api.sent) == [(7, "at once"), (7, "due at noon")]
+
+
+def test_pause_that_was_over_comes_not_back_when_the_clock_is_set_back_across_a_restart(
+    http, telegram, bot_api, clock
+):
+    bot_api.failures[7].extend([too_many_requests(3600), too_many_requests(200)])
+    queue(7, text="due at noon", send_at=clock.seconds - 60)
+    deliver_all(telegram)
+    queue(7, text="at once")
+    clock.move(3600)
+    deliver_all(telegram)
+    clock.move(-86_400)
+    reopen_turns(telegram)
+    clock.move(199)
+    deliver_all(telegram)
+    assert bot_api.sent == []
+    clock.move(1.1)
+    deliver_all(telegram)
+    assert bot_api.sent == [(7, "at once")]
 
 
 @pytest.mark.parametrize("answer_seconds, slow_seconds", [(0.7, 60), (0, 10)])
@@ -1130,17 +1205,68 @@ def test_upkeep_that_waited_for_other_writers_is_soon_back(http, telegram, clock
 # --- Store ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "harm", [lambda path: path.unlink(), lambda path: (path.parent / "new").rename(path)]
-)
-def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm):
+def replace(path):
+    (path.parent / "new").write_bytes(path.read_bytes())
+    (path.parent / "new").rename(path)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("harm", [Path.unlink, replace])
+def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm, suffix):
     headers = join(http, "alice")
-    (tmp_path / "new").touch()
-    harm(tmp_path / "factoryapp.db")
+    harm(tmp_path / f"factoryapp.db{suffix}")
     assert http.post_json("/api/messages/", {"text": "a"}, headers=headers, status=503).json[
         "detail"
     ]
     assert "removed or replaced" in http.get("/health/", status=503).json["reason"]
+
+
+def test_file_that_goes_while_others_write_is_noticed(http, tmp_path):
+    headers, answers = join(http, "alice"), []
+    posting = threading.Thread(
+        target=lambda: answers.extend(http.ask(message_request(headers, "one")))
+    )
+    with another_writer(tmp_path / "factoryapp.db"):
+        posting.start()
+        posting.join(0.2)
+        (tmp_path / "factoryapp.db-wal").unlink()
+    posting.join()
+    assert [answer.status for answer in answers] == [503]
+
+
+def test_write_ahead_log_shrinks_once_it_was_copied(http, tmp_path):
+    log = tmp_path / "factoryapp.db-wal"
+    queue(*range(2500), text="x" * 4096)
+    assert log.stat().st_size > factoryapp.WAL_KEPT_BYTES
+    factoryapp.checkpoint(factoryapp.connection())
+    queue(7)
+    assert log.stat().st_size <= factoryapp.WAL_KEPT_BYTES
+
+
+def test_threads_and_other_programs_are_waited_for_five_seconds_together(http, clock, monkeypatch):
+    factoryapp.checkpoint(factoryapp.connection())  # which waits less
+    waits = []
+    monkeypatch.setattr(factoryapp, "write_lock", SlowLock(clock, 3))
+    for _ in range(2):
+        with factoryapp.transaction() as db:
+            waits.append(db.one("PRAGMA busy_timeout")[0])
+        monkeypatch.setattr(factoryapp, "write_lock", threading.Lock())
+    assert waits == [2000, 5000]
+
+
+class SlowLock:
+    """A lock that others have for so many seconds."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def acquire(self, timeout):
+        assert timeout == factoryapp.PATIENCE_SECONDS
+        self.clock.move(self.seconds)
+        return True
+
+    def release(self):
+        pass
 
 
 def test_commit_is_on_disk_on_macos_too(http):
@@ -1307,6 +1433,31 @@ def test_names_that_an_older_version_took_stay_and_no_new_one_equals_them(
     assert administer(tmp_path, "--set-password", OLD_NAMES[2]) == (0, f"{OLD_NAMES[2]}: {SET}")
     http.get("/api/users/me/", headers=old[2], status=401)
     try_password(http, OLD_NAMES[3], PASSWORD)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_names_that_an_older_version_took_stay_and_are_taken_in_any_case(
+    version_1, monkeypatch, version
+):
+    with closing(sqlite3.connect(version_1)) as db, db:
+        for step in range(1, version):
+            db.executescript(factoryapp.LADDER[step])
+        db.execute(f"PRAGMA user_version = {version}")
+        copy = (
+            "INSERT INTO users (username, password, created_at) SELECT ?, password, '' FROM users"
+        )
+        for name in ("ALICE", "Straße"):
+            db.execute(f"{copy} WHERE username = 'alice'", [name])
+    factoryapp.open_store()
+    with serving() as server, closing(Client(server)) as http:
+        alice = log_in(http, "alice")
+        for name in ("Alice", "иван", "STRASSE"):
+            sent = {"username": name, "password": PASSWORD}
+            refused = http.post_json("/api/users/register/", sent, status=400).json
+            assert refused["username"] == ["A user with that username already exists."]
+        assert log_in(http, "ALICE") != alice
+        names = [user["username"] for user in http.get("/api/users/", headers=alice).json]
+        assert names == ["alice", "bob", "Иван", "ALICE", "Straße"]
 
 
 @pytest.fixture
@@ -1520,6 +1671,50 @@ def test_old_messages_go_unless_they_are_queued_and_take_along_what_stands_on_th
     for table in ("relayed", "idempotency_keys", "outbox"):
         assert factoryapp.connection().execute(stand.format(table)).fetchall() == []
     check_database(factoryapp.settings.db)
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_what_was_given_up_or_relayed_is_forgotten_after_90_days(
+    http, telegram, bot_api, clock, monkeypatch, pair, rows
+):
+    monkeypatch.setattr(factoryapp, "PORTION_ROWS", rows)
+    for text in ("one", "two", "three"):
+        bot_api.failures[8].append(TOO_LONG)
+        post(http, pair[0], text, recipient="bob")
+    deliver_all(telegram)
+    messages = list_messages(http, pair[0])
+    queue(9, send_at=clock.seconds + 91 * 86_400)
+    before = [count(table) for table in ("outbox", "relayed")]
+    clock.move(90 * 86_400 - 1)
+    assert forget(0, monkeypatch) <= 3600
+    assert [count(table) for table in ("outbox", "relayed")] == before == [4, 3]
+    clock.move(2)
+    alice = log_in(http, "alice")
+    post(http, alice, "young", recipient="bob")
+    deliver_all(telegram)
+    forget(0, monkeypatch)
+    assert [count(table) for table in ("outbox", "relayed")] == [1, 2]
+    assert list_messages(http, alice)[:3] == messages and messages[0]["failure"]
+
+
+def test_reply_to_what_was_forgotten_goes_to_who_is_named_there_and_is_linked_to_nothing(
+    http, telegram, bot_api, clock, monkeypatch, pair
+):
+    post(http, pair[0], "old", recipient="bob")
+    deliver_all(telegram)
+    [old] = copies(bot_api, 8, "old")
+    clock.move(90 * 86_400 + 1)
+    forget(0, monkeypatch)
+    say(telegram, bot_api, 8, "ответ", reply_to=old)
+    assert links(http, log_in(http, "bob"))[1:] == [("bob", "alice", "ответ", None)]
+
+
+def test_what_is_old_is_searched_for_each_hour(http, clock, monkeypatch):
+    searched, stop = [], StopAtPause(90)
+    monkeypatch.setattr(factoryapp, "forget_sent", lambda db: searched.append(clock.ticks))
+    monkeypatch.setattr(stop, "wait", lambda seconds: clock.move(60) or StopAtPause.wait(stop, 60))
+    factoryapp.run_tidying(stop)
+    assert [round(at - searched[0], -2) for at in searched] == [0, 3600]
 
 
 def test_answers_outlive_the_question_that_was_forgotten(
@@ -2575,6 +2770,122 @@ def unlink(http, telegram, bot_api, bob):
 
 def block(http, telegram, bot_api, bob):
     bot_api.failures[8].append(BLOCKED)
+
+
+def tidy_once():
+    with factoryapp.transaction() as db:
+        factoryapp.settle_leftover(db)
+
+
+@pytest.fixture
+def much(http, clock, monkeypatch, pair):
+    """Alice, whose chat is 7, and Bob, for whose chat 8 more is queued than a portion."""
+    monkeypatch.setattr(factoryapp, "PORTION_ROWS", 2)
+    for n in range(5):
+        post(http, pair[0], f"text {n}", recipient="bob")
+    return pair
+
+
+def numbers(bot_api, chat_id):
+    """Which of these a chat got."""
+    return [int(n) for text in bot_api.texts(chat_id) for n in re.findall(r"text (\d)", text)]
+
+
+@pytest.mark.parametrize("give_up", [stop_bot, unlink, block])
+def test_chat_that_is_left_with_much_is_gone_at_once_and_its_senders_are_told_once(
+    http, telegram, bot_api, monkeypatch, much, give_up
+):
+    alice, bob = much
+    give_up(http, telegram, bot_api, bob)
+    deliver_all(telegram)
+    assert post(http, alice, "late", recipient="bob")["delivery"] == "unlinked"
+    reopen_turns(telegram)  # killed between two portions
+    deliver_all(telegram)
+    assert cancel(http, alice, 5) == 200
+    forget(0, monkeypatch)
+    deliver_all(telegram)
+    assert numbers(bot_api, 8) == []
+    assert [m["delivery"] for m in list_messages(http, alice)][:5] == ["failed"] * 4 + ["cancelled"]
+    assert [text for text in bot_api.texts(7) if "Не доставлено" in text] == [
+        factoryapp.NOT_DELIVERED.format(username="bob", count=4)
+    ]
+
+
+def test_what_another_process_left_when_it_disabled_an_account_is_seen_to(
+    http, telegram, bot_api, monkeypatch, tmp_path, pair
+):
+    later = factoryapp.iso(factoryapp.now() + 3600)
+    for _ in range(52):
+        post(http, pair[0], "слово " * 2700, recipient="bob", send_at=later)
+    assert administer(tmp_path, "--disable", "bob")[0] == 0
+    assert {m["delivery"] for m in list_messages(http, pair[0])} == {"failed", "queued"}
+    forget(0, monkeypatch)
+    deliver_all(telegram)
+    assert bot_api.texts(7) == [factoryapp.NOT_DELIVERED.format(username="bob", count=52)]
+
+
+def test_chat_that_was_left_and_is_linked_again_gets_what_is_new_and_nothing_old(
+    http, telegram, bot_api, monkeypatch, much
+):
+    alice, bob = much
+    unlink(http, telegram, bot_api, bob)
+    bot_api.write(8, link_token(http, bob))
+    telegram.poll()
+    post(http, alice, "text 9", recipient="bob")
+    deliver_all(telegram)
+    assert numbers(bot_api, 8) == []
+    forget(0, monkeypatch)
+    deliver_all(telegram)
+    assert numbers(bot_api, 8) == [9]
+
+
+@pytest.mark.parametrize("portions", [0, 1])
+@pytest.mark.parametrize("chats", [[9], [9, 10], [9, 8], [9, 10, 8], [9, 8, 9]])
+def test_much_moves_to_the_last_of_the_new_chats_in_order(
+    http, telegram, bot_api, monkeypatch, much, chats, portions
+):
+    alice, bob = much
+    for chat_id in chats:
+        bot_api.write(chat_id, link_token(http, bob))
+        telegram.poll()
+        for _ in range(portions):
+            tidy_once()
+    post(http, alice, "text 9", recipient="bob")
+    # Killed between two portions.
+    reopen_turns(telegram)
+    deliver_all(telegram)
+    forget(0, monkeypatch)
+    deliver_all(telegram)
+    assert numbers(bot_api, chats[-1]) == [0, 1, 2, 3, 4, 9]
+    assert {chat for chat, text in bot_api.sent if "text" in text} == {7, chats[-1]}
+
+
+def test_who_leaves_little_does_not_wait_for_who_leaves_much(http, telegram, bot_api, much):
+    alice, bob = much
+    deliver_all(telegram)
+    for n in range(50):
+        post(http, bob, f"text {n}")
+    unlink(http, telegram, bot_api, bob)
+    for _ in range(6):
+        post(http, alice, "mine")
+        unlink(http, telegram, bot_api, alice)
+        assert list_messages(http, alice)[-1]["delivery"] == "failed"
+        link_chat(http, telegram, bot_api, alice, 7)
+    assert list_messages(http, bob)[-1]["delivery"] == "queued"
+
+
+def test_who_leaves_much_again_and_again_does_not_hold_up_others(http, telegram, bot_api, much):
+    alice, bob = much
+    for n in range(4):
+        post(http, alice, f"mine {n}")
+    unlink(http, telegram, bot_api, bob)
+    unlink(http, telegram, bot_api, alice)
+    for _ in range(200):
+        with factoryapp.transaction() as db:
+            # As much again.
+            db.execute("UPDATE outbox SET given_up_at = NULL WHERE chat_id = 8")
+            factoryapp.settle_leftover(db)
+    assert list_messages(http, alice)[-1]["delivery"] == "failed"
 
 
 @pytest.mark.parametrize(
