@@ -1701,12 +1701,13 @@ def list_queues(db, bot_id):
     """
     queues = db.run(
         """
-        SELECT chat_id, max(0, min(send_at) - ?1, max(min(due_at - ?1, pause) * is_last_try)),
+        SELECT chat_id, max(0, min(send_at) - ?1, (
+                SELECT min(due_at - ?1, pause) FROM outbox AS tried
+                WHERE bot_id = ?2 AND chat_id = outbox.chat_id AND given_up_at IS NULL
+                ORDER BY due_at - pause DESC LIMIT 1)),
             CASE WHEN max(due_at) <= max(min(send_at), ?1) THEN 'early'
                 WHEN max(error LIKE '429 %') THEN 'told' ELSE 'failed' END
-        FROM (SELECT chat_id, send_at, due_at, pause, error,
-                due_at - pause = max(due_at - pause) OVER (PARTITION BY chat_id) AS is_last_try
-            FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL) GROUP BY chat_id
+        FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL GROUP BY chat_id
         """,
         now(),
         bot_id,
