@@ -1675,9 +1675,10 @@ def set_undelivered(db, leftover_id, undelivered):
 
 
 def delete_leftover(db, leftover):
-    """It is done with: its chat may be sent to again."""
+    """It is done with: its chats may be sent to again."""
     db.run("DELETE FROM leftovers WHERE id = ?", leftover["id"])
-    db.queued_for.add((leftover["bot_id"], leftover["chat_id"]))
+    for end in ("", "to_"):
+        db.queued_for.add((leftover[end + "bot_id"], leftover[end + "chat_id"]))
 
 
 def move_deliveries(db, ids, bot_id, chat_id):
@@ -1690,7 +1691,6 @@ def move_deliveries(db, ids, bot_id, chat_id):
         chat_id,
         json.dumps(ids),
     )
-    db.queued_for.add((bot_id, chat_id))
 
 
 def list_queues(db, bot_id):

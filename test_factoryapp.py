@@ -2860,6 +2860,16 @@ def test_much_moves_to_the_last_of_the_new_chats_in_order(
     assert {chat for chat, text in bot_api.sent if "text" in text} == {7, chats[-1]}
 
 
+def test_portion_that_moves_takes_no_turn_from_other_chats(http, telegram, bot_api, much):
+    bot_api.write(9, link_token(http, much[1]))
+    telegram.poll()
+    deliver_all(telegram)
+    tidy_once()
+    assert factoryapp.turns.take() is None
+    tidy_once()
+    assert {factoryapp.turns.take() for _ in range(2)} == {8, 9}
+
+
 def test_who_leaves_little_does_not_wait_for_who_leaves_much(http, telegram, bot_api, much):
     alice, bob = much
     deliver_all(telegram)
