@@ -70,6 +70,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
+    import fcntl
     import resource
 except ModuleNotFoundError:
     # Windows has none, and needs none.
@@ -5028,6 +5029,8 @@ def show_openapi():
 # what waits for other writers not behind who takes a long list slowly, /health/ behind nothing.
 LANES = {"patient": 3, "listing": 3, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
+SIOCOUTQ = 0x5411  # Linux: how much of what was sent is not acknowledged yet
+
 # Windows has no poll(2).
 poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
 
@@ -5205,6 +5208,13 @@ class Channel(HTTPChannel):
         self.taken += sent
         return sent
 
+    def count_taken(self):
+        """Bytes of answers that the client has, or where that is not told, the kernel has."""
+        if sys.platform != "linux":
+            return self.taken
+        waiting = fcntl.ioctl(self.socket, SIOCOUTQ, bytes(4))
+        return self.taken - int.from_bytes(waiting, sys.byteorder)
+
     def send_continue(self):
         if self.held is None:
             super().send_continue()
@@ -5258,10 +5268,10 @@ class Channel(HTTPChannel):
     def is_too_slow(self, at):
         """Whether it has held on to its connection too long. Called each second."""
         if self.total_outbufs_len:
-            self.taken_before.append(self.taken)
+            self.taken_before.append(self.count_taken())
             is_long = len(self.taken_before) > TAKING_SECONDS
             least = TAKING_SECONDS * TAKEN_BYTES_PER_SECOND
-            is_stuck = is_long and self.taken - self.taken_before[0] < least
+            is_stuck = is_long and self.taken_before[-1] - self.taken_before[0] < least
             # It holds up a thread that others wait for.
             is_in_the_way = (
                 self.total_outbufs_len >= self.adj.outbuf_high_watermark
