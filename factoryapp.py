@@ -5181,8 +5181,12 @@ class Channel(HTTPChannel):
             if not self.total_outbufs_len:
                 # What the socket takes at once needs no buffer.
                 answer = answer[self.send(answer) :]
-            if answer and self.connected:
-                self.write_soon(answer)
+            try:
+                if answer and self.connected:
+                    self.write_soon(answer)
+            except OSError as error:
+                log.error(f"an answer cannot be kept for its client: {error}")
+                self.handle_close()
             if self.owes_continue:
                 self.owes_continue = False
                 self.send_continue()
