@@ -5461,7 +5461,9 @@ class Server(TcpWSGIServer):
     def most_untaken(self):
         """How much of an answer may be kept for a client before a lane's thread waits for it."""
         untaken = sum(channel.total_outbufs_len for channel in list(self.active_channels.values()))
-        return MAX_UNTAKEN_BYTES if untaken < ALL_UNTAKEN_BYTES else BUFFER_BYTES
+        # With few files, as with few connections.
+        share = settings.connections / CONNECTIONS
+        return MAX_UNTAKEN_BYTES if untaken < ALL_UNTAKEN_BYTES * share else BUFFER_BYTES
 
     def close_slow(self, at):
         """Close the connections of those who are too slow, or have asked nothing for long."""
