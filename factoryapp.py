@@ -5490,10 +5490,11 @@ class Server(TcpWSGIServer):
 
     def handle_accept(self):
         """Let another client connect, where all connections are taken in the place of one."""
-        if len(self.active_channels) >= settings.connections and (longest := self.find_longest()):
-            longest.handle_close()
         if len(self.active_channels) < settings.connections:
             super().handle_accept()
+        elif longest := self.find_longest():
+            # With its number, a client that is let in at once would get what poll() has seen of it.
+            longest.handle_close()
 
     def pull_trigger(self):
         """Wake the serving thread, unless this is it."""
