@@ -23,6 +23,7 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -1888,6 +1889,23 @@ def test_token_that_linked_the_chat_is_answered_as_start_is(http, telegram, bot_
     assert "успешно привязаны" in say(telegram, bot_api, 7, token)[0]
     for text in (f"/start {token}", token):
         assert say(telegram, bot_api, 7, text) == [factoryapp.LINKED_TO.format(username="alice")]
+
+
+def test_who_has_waited_for_other_threads_waits_for_other_programs_the_less(
+    http, clock, monkeypatch
+):
+    real = factoryapp.write_lock
+
+    class SlowLock:
+        release = real.release
+
+        def acquire(self, timeout):
+            clock.ticks += 4
+            return real.acquire(timeout=timeout)
+
+    monkeypatch.setattr(factoryapp, "write_lock", SlowLock())
+    with factoryapp.transaction() as db:
+        assert db.one("PRAGMA busy_timeout")[0] == 1000
 
 
 # --- Passwords and tokens -------------------------------------------------------------------------
@@ -7815,10 +7833,10 @@ def test_whose_body_is_still_to_come_is_told_to_continue(http, lines, body):
 
 
 @contextmanager
-def connection_of_who_takes_no_answers(http, requests):
+def connection_of_who_takes_no_answers(http, pages, behind=b""):
     """A connection that asked for the page so often that the server waits for it to take some."""
     with socket.create_connection(http.address, timeout=3) as sock:
-        sock.sendall(raw("GET", "/") * requests)
+        sock.sendall(raw("GET", "/") * pages + behind)
         ends_at = time.monotonic() + 5
         while not any(channel.is_kept for channel in http.server.active_channels.values()):
             assert time.monotonic() < ends_at
@@ -7855,16 +7873,297 @@ def test_answer_that_took_long_to_make_has_its_own_time_to_be_taken(http, monkey
     assert verdicts and not any(verdicts)
 
 
-def test_connection_of_who_takes_no_answers_is_closed(http, monkeypatch):
-    real, ahead = time.time, [0]
-    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
-    with connection_of_who_takes_no_answers(http, 800):
-        ahead[0] = 40
+@pytest.fixture
+def pass_seconds(http, monkeypatch):
+    """Let so many seconds pass for the server, which looks at its connections in each."""
+    real, ahead = time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+
+    def pass_seconds(seconds):
+        for _ in range(seconds):
+            ahead[0] += 1
+            for _ in range(2):
+                # It looks once a round is over, the first of these.
+                http.get("/x", status=404)
+
+    return pass_seconds
+
+
+def is_connected(http, sock):
+    """Whether the server has not closed this connection."""
+    channels = list(http.server.active_channels.values())
+    return sock.getsockname() in [channel.addr for channel in channels]
+
+
+def ask_for_a_long_list(http, headers):
+    """A connection on which a list of megabytes was asked for, and nothing of it is taken."""
+    sock = socket.create_connection(http.address, timeout=5)
+    sock.sendall(raw("GET", "/api/messages/", {**headers, "Connection": "close"}))
+    return sock
+
+
+def untaken(http):
+    """Bytes of the answers that wait for their clients, one number for each who has some."""
+    channels = list(http.server.active_channels.values())
+    return [channel.total_outbufs_len for channel in channels if channel.total_outbufs_len]
+
+
+def take_all(sock):
+    answer = bytearray()
+    with suppress(ConnectionResetError):
+        while chunk := sock.recv(2**20):
+            answer += chunk
+    return bytes(answer)
+
+
+def test_answer_of_who_takes_ten_kilobytes_a_second_is_not_cut(http, tmp_path, pass_seconds):
+    headers = join(http, "alice")
+    store_much(tmp_path, 100, 16_000)
+    with socket.socket() as sock:
+        # As far away: the kernel hands on small pieces.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(http.address)
+        sock.sendall(raw("GET", "/api/messages/", headers))
+        serve_until(http, lambda: sum(untaken(http)) > 1_000_000)
+        for _ in range(60):
+            pass_seconds(1)
+            sock.recv(10_000, socket.MSG_WAITALL)
+        assert is_connected(http, sock)
+
+
+@pytest.mark.parametrize(
+    "taken, seconds, is_cut",
+    [
+        ([0], 15, True),
+        ([50_000], 20, True),
+        ([0] * 9 + [500_000], 24, True),
+        ([200_000], 15, False),
+        ([0] * 5 + [1_500_000], 16, False),
+        ([0], 9, False),
+    ],
+)
+def test_answer_of_who_takes_too_little_of_it_over_any_ten_seconds_is_cut(
+    http, tmp_path, monkeypatch, pass_seconds, taken, seconds, is_cut
+):
+    monkeypatch.setattr(factoryapp, "TAKEN_BYTES_PER_SECOND", 100_000)
+    headers = join(http, "alice")
+    store_much(tmp_path, 400, 16_000)
+    with closing(ask_for_a_long_list(http, headers)) as sock:
+        serve_until(http, lambda: sum(untaken(http)) > 5_000_000)
+        for second in range(seconds):
+            pass_seconds(1)
+            left = taken[second % len(taken)] * is_connected(http, sock)
+            while left > 0:
+                left -= len(sock.recv(left))
+        assert is_connected(http, sock) is not is_cut
+        assert take_all(sock).endswith(b"0\r\n\r\n") is not is_cut
+
+
+@pytest.mark.parametrize(
+    "sent, seconds", [(b"", 60), (b"\r\n", 10), (b"GET /half", 10), (raw("GET", "/x"), 60)]
+)
+def test_who_asks_for_nothing_is_closed_in_time_though_the_clock_is_set_back(
+    http, monkeypatch, pass_seconds, sent, seconds
+):
+    with socket.create_connection(http.address, timeout=3) as sock:
+        sock.sendall(sent)
+        pass_seconds(1)
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() - 3600)
+        pass_seconds(seconds - 3)
+        assert is_connected(http, sock)
+        pass_seconds(5)
+        assert not is_connected(http, sock)
+
+
+HOLDING = {
+    "idle": b"",
+    "half": b"GET /half",
+    "blank": b"\r\n",
+    "answered": raw("GET", "/x"),
+    "untaken": raw("GET", "/") * 300,
+    "waits": None,
+}
+
+
+@pytest.mark.parametrize(
+    "first, second, seconds, closed",
+    [
+        ("idle", "half", 2, 0),
+        ("half", "idle", 2, 0),
+        ("blank", "answered", 2, 0),
+        ("answered", "blank", 2, 0),
+        ("untaken", "half", 2, 1),
+        ("untaken", "idle", 9, 1),
+        ("untaken", "answered", 35, 0),
+        ("waits", "half", 2, 1),
+    ],
+)
+def test_of_all_connections_the_one_that_is_held_longest_is_closed_for_another(
+    http, monkeypatch, pass_seconds, first, second, seconds, closed
+):
+    monkeypatch.setattr(factoryapp.settings, "connections", 3)
+    monkeypatch.setattr(factoryapp, "TAKEN_BYTES_PER_SECOND", 0)
+    HOLDING["waits"] = raw("GET", "/api/messages/?wait=50", join(http, "alice"))
+    socks = []
+    for kind in (first, second):
+        socks.append(socket.create_connection(http.address, timeout=3))
+        socks[-1].sendall(HOLDING[kind])
+        serve_until(http, lambda: len(http.server.active_channels) > len(socks))
+        pass_seconds(seconds)
+    assert statuses(talk(http, raw("GET", "/x", {"Connection": "close"}))) == [404]
+    assert [is_connected(http, sock) for sock in socks] == [closed != 0, closed != 1]
+    for sock in socks:
+        sock.close()
+
+
+def test_who_is_let_in_for_another_that_has_just_sent_something_is_not_taken_for_it(
+    http, monkeypatch
+):
+    may_poll, poll = threading.Event(), factoryapp.poll
+    with socket.create_connection(http.address, timeout=3) as sock:
+        serve_until(http, lambda: len(http.server.active_channels) == 2)
+        monkeypatch.setattr(factoryapp.settings, "connections", 1)
+        http.close()
+        while len(http.server.active_channels) > 1:
+            http.server.pull_trigger()
+        monkeypatch.setattr(factoryapp, "poll", lambda *args: may_poll.wait(5) and poll(*args))
+        http.server.pull_trigger()
+        with socket.create_connection(http.address, timeout=3) as other:
+            sock.sendall(b"GET /half")
+            may_poll.set()
+            other.sendall(raw("GET", "/x"))
+            assert statuses(other.recv(65536)) == [404]
+
+
+def test_nobody_is_closed_for_another_while_all_wait_for_the_server(http, wait, monkeypatch):
+    headers = join(http, "alice")
+    parked = [wait(headers), wait(headers)]
+    monkeypatch.setattr(factoryapp.settings, "connections", 2)
+    http.close()
+    with socket.create_connection(http.address, timeout=3) as sock:
+        sock.sendall(raw("GET", "/x"))
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        assert len(http.server.parked) == 2
+        parked[0].close()
+        sock.settimeout(3)
+        assert statuses(sock.recv(65536)) == [404]
+
+
+def test_pipelined_request_is_served_once_the_answer_before_it_was_taken(http):
+    headers = join(http, "alice")
+    with connection_of_who_takes_no_answers(http, 400, raw_post(headers)) as sock:
+        assert max(untaken(http)) <= len(http.get("/").body) + 500
+        assert list_messages(http, headers) == []
+        while not http.get("/api/messages/", headers=headers).json:
+            sock.recv(2**20)
+
+
+@pytest.mark.parametrize("connections, most", [(200, 1_000_000), (20, 10_000_000)])
+def test_all_answers_that_are_not_taken_are_bounded_together_the_more_with_few_files(
+    http, tmp_path, monkeypatch, connections, most
+):
+    for name, size in {"LIST_PIECE": 50_000, "BUFFER": 100_000, "ALL_UNTAKEN": most}.items():
+        monkeypatch.setattr(factoryapp, f"{name}_BYTES", size)
+    monkeypatch.setattr(factoryapp.settings, "connections", connections)
+    headers, sums, real = join(http, "alice"), [], factoryapp.Channel.write_soon
+    store_much(tmp_path, 200, 16_000)
+
+    def noted(channel, data):
+        written = real(channel, data)
+        sums.append(sum(untaken(http)))
+        return written
+
+    monkeypatch.setattr(factoryapp.Channel, "write_soon", noted)
+    socks = [ask_for_a_long_list(http, headers) for _ in range(8)]
+    serve_until(http, lambda: sums[-1:] > [900_000])
+    answers = [take_all(sock) for sock in socks]
+    assert all(answer.endswith(b"0\r\n\r\n") for answer in answers) and max(sums) < 1_600_000
+
+
+def test_answer_that_cannot_be_kept_ends_its_connection_alone(http, tmp_path, monkeypatch, caplog):
+    headers = join(http, "alice")
+    store_much(tmp_path, 15, 16_000)
+
+    def refuse(mode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(http.address)
+        sock.sendall(raw("GET", "/api/messages/", headers))
+        serve_until(http, lambda: "No space left" in caplog.text)
         http.get("/x", status=404)
-        ends_at = time.monotonic() + 5
-        while any(channel.is_kept for channel in http.server.active_channels.values()):
-            assert time.monotonic() < ends_at
-            http.get("/x", status=404)
+        assert not is_connected(http, sock) and "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("before, after, status", [(0, 31, 503), (40, 1, 200)])
+def test_who_holds_up_a_thread_for_long_is_cut_once_others_wait_for_it(
+    http, tmp_path, monkeypatch, pass_seconds, before, after, status
+):
+    monkeypatch.setattr(factoryapp, "TAKEN_BYTES_PER_SECOND", 0)
+    monkeypatch.setattr(factoryapp, "MAX_UNTAKEN_BYTES", 500_000)
+    headers = join(http, "alice")
+    store_much(tmp_path, 400, 16_000)
+    slow = [ask_for_a_long_list(http, headers) for _ in range(factoryapp.LANES["patient"])]
+    serve_until(http, lambda: len(untaken(http)) == len(slow) and min(untaken(http)) > 500_000)
+    pass_seconds(before)
+    last = ask_for_a_long_list(http, headers)
+    serve_until(http, lambda: http.server.lanes["patient"].queue)
+    pass_seconds(after - 2)
+    assert all(is_connected(http, sock) for sock in slow)
+    pass_seconds(3)
+    answer = take_all(last)
+    assert statuses(answer) == [status] and (b"Retry-After: 5" in answer) == (status == 503)
+    for sock in slow:
+        sock.close()
+
+
+@pytest.mark.parametrize("seconds, status", [(4, 200), (6, 503)])
+def test_who_has_waited_in_a_lane_for_long_is_refused(
+    http, monkeypatch, pass_seconds, seconds, status
+):
+    register(http, "alice")
+    may_hash, real = threading.Event(), factoryapp.hashlib.scrypt
+
+    def hash_when_told(*args, **kwargs):
+        may_hash.wait(10)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(factoryapp.hashlib, "scrypt", hash_when_told)
+    hashes = note_threads(monkeypatch, factoryapp.hashlib, "scrypt")
+    body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    socks = []
+    for _ in range(factoryapp.HASHES_AT_ONCE + 1):
+        socks.append(socket.create_connection(http.address, timeout=5))
+        socks[-1].sendall(raw("POST", "/auth/token/", {"Connection": "close"}, body))
+        serve_until(http, lambda: len(hashes) == len(socks) or http.server.lanes["hashing"].queue)
+    pass_seconds(seconds)
+    may_hash.set()
+    answers = [take_all(sock) for sock in socks]
+    assert [statuses(answer) for answer in answers] == [[200], [200], [status]]
+    assert (b"Retry-After: 5" in answers[-1]) == (status == 503)
+
+
+def test_login_and_health_are_answered_while_all_else_waits_for_another_program(http, tmp_path):
+    headers, waiting = join(http, "alice"), []
+    body = {"username": "alice", "password": PASSWORD}
+    with another_writer(tmp_path / "factoryapp.db"):
+        for n in range(12):
+            new = json.dumps({**body, "username": f"user{n}"}).encode()
+            for request in (raw_post(headers), raw("POST", "/api/users/register/", {}, new)):
+                waiting.append(socket.create_connection(http.address, timeout=5))
+                waiting[-1].sendall(request)
+        lanes = [http.server.lanes[lane] for lane in ("patient", "registering")]
+        serve_until(http, lambda: sum(len(lane.queue) for lane in lanes) == 24 - 4 - 1)
+        http.post_json("/auth/token/", body, status=200)
+        http.get("/health/", status=200)
+        assert [len(lane.queue) for lane in lanes] == [8, 11]
+    assert [statuses(sock.recv(65536)) for sock in waiting] == [[201]] * 24
 
 
 def test_request_behind_one_in_a_lane_is_answered_after_it_and_in_a_round(http, monkeypatch):
@@ -8507,6 +8806,30 @@ def run_program(*arguments, prefix=(), program=HERE / "factoryapp.py", typed=b""
 def at_start(folder, *lines):
     """Have each Python whose PYTHONPATH is this folder run these lines first."""
     (folder / "sitecustomize.py").write_text("\n".join(lines))
+
+
+def allow_files(count):
+    """A prefix of a command, which so may have so many files open."""
+    return "sh", "-c", f'ulimit -n {count}; exec "$@"', "sh"
+
+
+def test_with_too_few_files_it_says_how_many_it_needs_and_works_with_these(start):
+    code, _, err = run_program(prefix=allow_files(48))
+    least = int(re.search(r"48 open files are too few: allow (\d+) or more", err)[1])
+    program = start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (least, least)))
+    headers = join(program.http, "alice")
+    store_much(program.folder, 600, 16_000)
+    lists = raw("GET", "/api/messages/", headers)
+    socks = []
+    for request in [b""] * 60 + [lists] * 10:
+        socks.append(socket.create_connection(program.address))
+        socks[-1].sendall(request)
+        program.http.close()
+        post(program.http, headers, "text")
+    assert program.http.get("/health/").json["status"] == "ok"
+    assert code == 2 and not re.search("Traceback|ERROR", program.log())
+    for sock in socks:
+        sock.close()
 
 
 def test_help_explains_every_setting():
