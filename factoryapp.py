@@ -5090,6 +5090,7 @@ class StrictRequest(HTTPRequestParser):
     """
 
     command = "GET"  # of what is not HTTP
+    began_at = 0
 
     def received(self, data):
         is_header = self.body_rcv is None
@@ -5138,7 +5139,7 @@ class Channel(HTTPChannel):
 
     def __init__(self, *args, **named):
         super().__init__(*args, **named)
-        # When it connected, became idle, or began its request.
+        # When it connected, became idle, or began to ask; not when it pipelined one request more.
         self.since = time.monotonic()
         # What it had taken at each second in which something was not.
         self.taken_before = deque(maxlen=TAKING_SECONDS + 1)
@@ -5253,12 +5254,16 @@ class Channel(HTTPChannel):
         with self.requests_lock:
             if self.will_close or self.close_when_flushed:
                 return
+            was_idle = data and self.is_idle()
             self.behind += data
             if not self.request:
                 self.behind = self.behind.lstrip()
             while self.behind and not self.requests:
                 if not self.request:
-                    self.request, self.since = StrictRequest(self.adj), time.monotonic()
+                    self.request = StrictRequest(self.adj)
+                    self.request.began_at = time.monotonic()
+                    if was_idle:
+                        self.since = self.request.began_at
                 read = self.request.received(self.behind)
                 self.behind = self.behind[read:]
                 is_asked = self.request.expect_continue and self.request.headers_finished
@@ -5288,7 +5293,7 @@ class Channel(HTTPChannel):
             # It waits for us.
             return False
         if self.request:
-            return at - self.since > REQUEST_SECONDS
+            return at - self.request.began_at > REQUEST_SECONDS
         return at - self.since > IDLE_SECONDS
 
     def has_held_on(self, at):
