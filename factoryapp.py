@@ -172,7 +172,7 @@ PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
 SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
 WAL_LONG_FRAMES = 1500  # of 4 KiB
-WAL_RESTART_MILLISECONDS = 100
+WAL_RESTART_SECONDS = 0.1
 WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
 PORTION_ROWS = 200  # of what is given up, moved or forgotten, in one transaction
 PORTION_PAUSE_SECONDS = 0.02
@@ -655,6 +655,14 @@ class Connection(sqlite3.Connection):
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
     changed_for: set  # ids of the users that see something new
+    busy_timeout = None  # milliseconds, where that was set
+
+    def wait_for_others(self, seconds):
+        """From now on wait so long for other processes."""
+        milliseconds = max(0, int(1000 * seconds))
+        if self.busy_timeout != milliseconds:
+            self.busy_timeout = milliseconds
+            self.execute(f"PRAGMA busy_timeout = {milliseconds}")
 
     def run(self, sql, *values):
         return self.execute(sql, values)
@@ -745,8 +753,7 @@ def transaction():
     if not write_lock.acquire(timeout=patience()):
         raise sqlite3.OperationalError("other threads write for too long")
     try:
-        # What is left of it for other processes.
-        db.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * (ends_at - ticks())))}")
+        db.wait_for_others(ends_at - ticks())
         db.execute("BEGIN IMMEDIATE")
         # Not before: it may have waited for seconds.
         check_files()
@@ -815,7 +822,7 @@ def checkpoint(db):
     mode = "RESTART" if opened.frames > WAL_LONG_FRAMES else "PASSIVE"
     opened.commits = 0
     try:
-        db.execute(f"PRAGMA busy_timeout = {WAL_RESTART_MILLISECONDS}")
+        db.wait_for_others(WAL_RESTART_SECONDS)
         with fsync_or_exit():
             opened.frames = db.one(f"PRAGMA wal_checkpoint({mode})")[1]
     except sqlite3.Error as error:
@@ -1029,7 +1036,8 @@ def open_store():
                 "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                 secrets.token_bytes(SECRET_MIN_BYTES),
             )
-        opened.files = {path: os.stat(path) for path in paths}
+        # Without the -shm nothing is lost.
+        opened.files = {path: os.stat(path) for path in paths[:2]}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
     except (OSError, sqlite3.Error) as error:
         raise cannot_be_used(error) from None
@@ -2095,9 +2103,11 @@ class Pace:
     def try_once(self, sender, recipients):
         """0, and a message to each of these counts; or the seconds to wait before they may be."""
         pairs = [(sender["id"], to["id"]) for to in recipients if to["id"] != sender["id"]]
+        if not pairs:
+            return 0
         with self.lock:
             paid = {pair: 1 + max(ticks(), self.paid_until.get(pair, 0)) for pair in pairs}
-            wait = max(paid.values(), default=0) - ticks() - MESSAGES_AT_ONCE
+            wait = max(paid.values()) - ticks() - MESSAGES_AT_ONCE
             if wait > 0:
                 return math.ceil(wait)
             for pair, until in paid.items():
@@ -3500,10 +3510,11 @@ def check_request():
     /api/users is served as /api/users/: the original redirected, which lost the body of a POST.
     """
     environ = request.environ
-    try:
-        environ["bottle.raw_path"].encode("latin-1").decode()
-    except UnicodeError:
-        raise refusal(400, "The path is not UTF-8.") from None
+    if not environ["bottle.raw_path"].isascii():
+        try:
+            environ["bottle.raw_path"].encode("latin-1").decode()
+        except UnicodeError:
+            raise refusal(400, "The path is not UTF-8.") from None
     # What browsers let any page elsewhere send without asking.
     is_foreign = environ.get("HTTP_SEC_FETCH_SITE") == "cross-site"
     if is_foreign and environ["REQUEST_METHOD"] == "POST":
@@ -5113,9 +5124,10 @@ class StrictRequest(HTTPRequestParser):
         except ValueError:
             # Of an address that is none, and of numbers with thousands of digits.
             raise ParsingError("the address or Content-Length is invalid") from None
-        codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", header.lower())
-        if codings and [coding.strip(b" ") for coding in codings] != [b"chunked"]:
-            raise ParsingError("the one Transfer-Encoding is chunked")
+        if b"\ntransfer-encoding:" in (lowered := header.lower()):
+            codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", lowered)
+            if [coding.strip(b" ") for coding in codings] != [b"chunked"]:
+                raise ParsingError("the one Transfer-Encoding is chunked")
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
@@ -5157,7 +5169,8 @@ class Channel(HTTPChannel):
             self.held = None
             self.server.park(self, *parked.args)
         else:
-            self.received(b"")
+            if self.behind:
+                self.received(b"")
 
     def go_to(self, lane):
         """Have the request served in a lane, whose answers leave as they are made."""
@@ -5834,7 +5847,7 @@ def stop_workers(senders):
 def close_store():
     """Copy the write-ahead log into the database, and empty it."""
     try:
-        connection().execute("PRAGMA busy_timeout = 200")
+        connection().wait_for_others(0.2)
         connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
         # The next start reads it.

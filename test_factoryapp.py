@@ -1211,7 +1211,7 @@ def replace(path):
     (path.parent / "new").rename(path)
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("harm", [Path.unlink, replace])
 def test_nothing_is_acknowledged_into_a_file_that_is_gone(http, tmp_path, harm, suffix):
     headers = join(http, "alice")
@@ -8147,6 +8147,49 @@ def test_who_has_waited_in_a_lane_for_long_is_refused(
     answers = [take_all(sock) for sock in socks]
     assert [statuses(answer) for answer in answers] == [[200], [200], [status]]
     assert (b"Retry-After: 5" in answers[-1]) == (status == 503)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
+def test_addresses_take_turns_in_a_lane_whatever_one_of_them_asks(http, monkeypatch):
+    may_hash, order, real = threading.Event(), [], factoryapp.check_password
+
+    def hash_when_told(*args):
+        may_hash.wait(10)
+        order.append(factoryapp.client_address())
+        return real(*args)
+
+    monkeypatch.setattr(factoryapp, "check_password", hash_when_told)
+    body = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    socks = []
+    for n, address in enumerate(["127.0.0.1"] * 8 + ["127.0.0.2"], 1):
+        socks.append(socket.create_connection(http.address, 5, (address, 0)))
+        socks[-1].sendall(raw("POST", "/auth/token/", {"Connection": "close"}, body))
+        while len(http.server.lanes["hashing"].queue) < n - factoryapp.HASHES_AT_ONCE:
+            http.get("/x", status=404)
+    may_hash.set()
+    assert [statuses(take_all(sock)) for sock in socks] == [[401]] * 9
+    assert order.index("127.0.0.2") <= 2 * factoryapp.HASHES_AT_ONCE
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 8192])
+def test_of_requests_that_come_at_once_one_is_read_at_a_time(http, monkeypatch, size):
+    counts, real = [], factoryapp.Channel.service
+
+    def noted(channel):
+        counts.append((len(channel.requests), channel.request))
+        real(channel)
+
+    monkeypatch.setattr(factoryapp.Channel, "service", noted)
+    asked = b" \r\n".join([raw("GET", "/x"), raw_post({}), raw("GET", "/health/")] * 9)
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(asked), size):
+            sock.sendall(asked[start : start + size])
+        answer = b""
+        while len(statuses(answer)) < 27:
+            assert (chunk := sock.recv(65536))
+            answer += chunk
+    assert statuses(answer) == [404, 401, 200] * 9 and set(counts) == {(1, None)}
 
 
 def test_login_and_health_are_answered_while_all_else_waits_for_another_program(http, tmp_path):
