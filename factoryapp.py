@@ -203,8 +203,9 @@ CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
 # The server
 CONNECTIONS = 200
+LEAST_CONNECTIONS = 8
 OPEN_FILES = 8192
-OWN_FILES = 40  # the database on each thread, the socket that listens, the log
+OWN_FILES = 44  # the database on each thread, the socket that listens, the log
 FILES_OF_A_SENDER = 3  # its socket, and the database
 FILES_OF_A_CONNECTION = 3  # its socket, and answers that are not taken
 MAX_PROXIES = 20  # of X-Forwarded-For, the last that are read
@@ -5663,8 +5664,8 @@ def share_files():
     wanted = SENDERS * FILES_OF_A_SENDER + CONNECTIONS * FILES_OF_A_CONNECTION
     share = min(1, (files - OWN_FILES) / wanted)
     settings.connections, settings.senders = int(CONNECTIONS * share), int(SENDERS * share)
-    if not settings.senders:
-        least = OWN_FILES + math.ceil(wanted / SENDERS)
+    if settings.connections < LEAST_CONNECTIONS:
+        least = OWN_FILES + math.ceil(wanted * LEAST_CONNECTIONS / CONNECTIONS)
         raise BadSetting(f"{files} open files are too few: allow {least} or more (ulimit -n).")
 
 
