@@ -727,14 +727,16 @@ def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
         local.db, local.path, local.version = connect("rw"), settings.db, None
-        # A commit is on disk when it returns: on macOS that takes the other two.
-        local.db.execute("PRAGMA synchronous = FULL")
-        local.db.execute("PRAGMA fullfsync = ON")
-        local.db.execute("PRAGMA checkpoint_fullfsync = ON")
-        local.db.execute("PRAGMA foreign_keys = ON")
-        local.db.execute(f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}")
-        # See checkpoint().
-        local.db.execute("PRAGMA wal_autocheckpoint = 0")
+        local.db.executescript(f"""
+            -- A commit is on disk when it returns: on macOS that takes the other two.
+            PRAGMA synchronous = FULL;
+            PRAGMA fullfsync = ON;
+            PRAGMA checkpoint_fullfsync = ON;
+            PRAGMA foreign_keys = ON;
+            PRAGMA journal_size_limit = {WAL_KEPT_BYTES};
+            -- See checkpoint().
+            PRAGMA wal_autocheckpoint = 0;
+            """)
     return local.db
 
 
