@@ -677,6 +677,10 @@ class Connection(sqlite3.Connection):
         return self.run(sql, *values).fetchone()
 
 
+# A list is bound as JSON, for json_each().
+sqlite3.register_adapter(list, partial(json.dumps, ensure_ascii=False))
+
+
 class opened:
     """The database's files, as this process knows them."""
 
@@ -1145,7 +1149,7 @@ def set_keys_used(db, key_ids):
         WHERE id IN (SELECT value FROM json_each(?))
         """,
         iso(now())[:10],
-        json.dumps(key_ids),
+        key_ids,
     )
 
 
@@ -1369,7 +1373,7 @@ def add_message(
         delivery,
         iso(send_at) if send_at else None,
         reply_to,
-        choices and json.dumps(choices, ensure_ascii=False),
+        choices,
     ).lastrowid
 
 
@@ -1554,7 +1558,7 @@ def delete_messages(db, ids):
     ):
         db.run(
             f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
-            json.dumps(ids),
+            ids,
         )
 
 
@@ -1701,7 +1705,7 @@ def move_deliveries(db, ids, bot_id, chat_id):
         """,
         bot_id,
         chat_id,
-        json.dumps(ids),
+        ids,
     )
 
 
@@ -1827,7 +1831,7 @@ def set_given_up(db, reason, ids):
         """,
         iso(now()),
         reason,
-        json.dumps(ids),
+        ids,
     ).fetchall()
 
 
@@ -1843,7 +1847,7 @@ def fail_messages(db, message_ids, reason):
         RETURNING sender_id, recipient_id
         """,
         reason,
-        json.dumps(message_ids),
+        message_ids,
     ).fetchall()
     db.changed_for.update(*failed)
     return failed
@@ -2161,7 +2165,7 @@ def settle_leftover(db, *chat):
         move_deliveries(db, ids, leftover["to_bot_id"], leftover["to_chat_id"])
     if len(ids) == PORTION_ROWS:
         counts = [[*users, count] for users, count in undelivered.items()]
-        set_undelivered(db, leftover["id"], json.dumps(counts))
+        set_undelivered(db, leftover["id"], counts)
     else:
         delete_leftover(db, leftover)
         tell_senders(db, undelivered)
