@@ -447,8 +447,8 @@ class Turns:
             self.order = []
             # A send to these has failed: they may hang again.
             self.suspects = []
-            # chat: (why its turn came, the outbox row being sent to it, None before it is known)
-            self.busy = {}
+            self.busy = {}  # chat: why its turn came, while somebody is sending to it
+            self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
             self.held = []  # ids of messages of which nothing is to be sent now
             self.queued = set()  # busy chats that something was queued for meanwhile
             self.hurried = set()  # chats that were busy when hurry() was called
@@ -514,7 +514,7 @@ class Turns:
         with self.changed:
             while True:
                 turn = self.first(self.order)
-                if sum(why == "failed" for why, _ in self.busy.values()) < settings.senders // 2:
+                if list(self.busy.values()).count("failed") < settings.senders // 2:
                     turn = min(turn, self.first(self.suspects))
                 due_at = max(turn.due_at, self.paced_at())
                 if due_at <= ticks():
@@ -534,7 +534,7 @@ class Turns:
     def start(self, turn):
         """Take a turn that has come. The caller holds the lock."""
         del self.due[turn.chat_id]
-        self.busy[turn.chat_id] = turn.why, None
+        self.busy[turn.chat_id] = turn.why
         self.sent_at.append(ticks())
         # The next turn may have come as well.
         self.changed.notify()
@@ -542,10 +542,10 @@ class Turns:
     def claim(self, chat_id, delivery):
         """False when it is being sent already, to the chat its account had before, or is held."""
         with self.changed:
-            sent = [row["id"] for _, row in self.busy.values() if row]
+            sent = [row["id"] for row in self.sending.values()]
             if delivery["id"] in sent or delivery["message_id"] in self.held:
                 return False
-            self.busy[chat_id] = self.busy[chat_id][0], delivery
+            self.sending[chat_id] = delivery
             return True
 
     @contextmanager
@@ -556,8 +556,10 @@ class Turns:
         """
         with self.changed:
             self.held.append(message_id)
-            rows = [row for _, row in self.busy.values() if row]
-            is_free = all(row["message_id"] != message_id or row["is_own_copy"] for row in rows)
+            is_free = all(
+                row["message_id"] != message_id or row["is_own_copy"]
+                for row in self.sending.values()
+            )
         try:
             yield is_free
         finally:
@@ -567,7 +569,8 @@ class Turns:
     def give_back(self, chat_id, again):
         """The sender is done with the chat. `again` is None when all is said."""
         with self.changed:
-            _, delivery = self.busy.pop(chat_id, (None, None))
+            self.busy.pop(chat_id, None)
+            delivery = self.sending.pop(chat_id, None)
             why = again.why if again else "early"
             if why == "told":
                 self.note_refusal(chat_id, ticks() + again.seconds)
