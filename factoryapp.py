@@ -2085,18 +2085,18 @@ def relay(
     Returns its (id, delivery).
     """
     send_at = send_at if send_at > now() else 0
-    username, own_copy = sender["username"], OWN_COPY
     chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
     users = sender["id"], recipient["id"]
     message_id = add_message(db, *users, text, source, delivery, send_at, reply_to, choices)
-    is_to_another = sender["id"] != recipient["id"]
-    if is_to_another:
-        its_copy = FROM_ANOTHER.format(username=username, text=text)
-        queue_text(db, chat, its_copy, username, message_id, False, silent, send_at)
-        chat, own_copy = find_chat(db, sender["id"]), OWN_COPY_FOR
-    own_copy = own_copy.format(username=username, recipient=recipient["username"], text=text)
-    queue_text(db, chat, own_copy, username, message_id, is_to_another, silent, send_at)
+    copies = [(chat, OWN_COPY)]
+    if sender["id"] != recipient["id"]:
+        copies = [(chat, FROM_ANOTHER), (find_chat(db, sender["id"]), OWN_COPY_FOR)]
+    username = sender["username"]
+    for chat, words in copies:
+        its_text = words.format(username=username, recipient=recipient["username"], text=text)
+        is_own_copy = words is OWN_COPY_FOR
+        queue_text(db, chat, its_text, username, message_id, is_own_copy, silent, send_at)
     return message_id, delivery
 
 
