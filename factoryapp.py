@@ -1947,9 +1947,8 @@ def read_token(token, kind=None):
             algorithms=["HS256"],
             options={"verify_aud": False, "verify_exp": False, "verify_iat": False},
         )
-        expires_at = int(claims["exp"]) if "exp" in claims else None
         # An absurd time raises here.
-        if expires_at is not None and datetime.fromtimestamp(expires_at, UTC).timestamp() <= now():
+        if "exp" in claims and datetime.fromtimestamp(int(claims["exp"]), UTC).timestamp() <= now():
             raise TokenError("Token is expired")
         if "iat" in claims and int(claims["iat"]) > now() + 1:
             raise TokenError("Token is invalid")
@@ -1964,7 +1963,7 @@ def read_token(token, kind=None):
         raise TokenError("Token is invalid") from None
     if kind != "access" and is_blacklisted(connection(), claims.get("jti")):
         raise TokenError("Token is blacklisted")
-    if expires_at is None:
+    if "exp" not in claims:
         raise TokenError("Token has no 'exp' claim")
     if "jti" not in claims:
         raise TokenError("Token has no id")
