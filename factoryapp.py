@@ -2015,16 +2015,15 @@ class Throttle:
     def try_once(self, limits):
         """0, and the try counts; or the seconds to wait before it. `limits` is {key: how many}."""
         with self.lock:
-            wait, tried = 0, []
+            wait = 0
             for key, limit in limits.items():
                 times = self.tries.setdefault(key, deque(maxlen=limit))
                 self.tries.move_to_end(key)
-                tried.append(times)
                 if len(times) == limit:
                     wait = max(wait, times[0] + THROTTLE_WINDOW_SECONDS - ticks())
             if wait <= 0:
-                for times in tried:
-                    times.append(ticks())
+                for key in limits:
+                    self.tries[key].append(ticks())
             while len(self.tries) > THROTTLE_KEYS:
                 self.tries.popitem(last=False)
             return wait
