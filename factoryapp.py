@@ -2036,13 +2036,6 @@ class Throttle:
                 times.pop()
 
 
-def login_limits(address, username):
-    return {
-        (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
-        address: LOGIN_FAILURES_PER_ADDRESS,
-    }
-
-
 # Of failed logins, and of registrations.
 login_throttle, registrations = Throttle(), Throttle()
 
@@ -4472,7 +4465,11 @@ def register(username, password):
 
 def check_password(username, password, password_hash):
     """Whether the password is right. Raises HTTPError 429 once this address guessed too often."""
-    limits = login_limits(throttle_key(), username)
+    address = throttle_key()
+    limits = {
+        (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
+        address: LOGIN_FAILURES_PER_ADDRESS,
+    }
     wait = login_throttle.try_once(limits)
     if wait > 0:
         raise throttled(wait)
