@@ -643,7 +643,7 @@ class news:
 
 # --- Store ----------------------------------------------------------------------------------------
 # One connection a thread. Functions take `db` first, so that the caller's `with transaction() as
-# db:` shows what is atomic.
+# db:` shows what is atomic. A `chat` is (bot id, chat id).
 
 
 class BadSetting(Exception):
@@ -1238,24 +1238,23 @@ def set_offset(db, bot_id, next_update_id):
     )
 
 
-def set_chat(db, bot_id, chat_id, user_id, token):
+def set_chat(db, chat, user_id, token):
     """From now on this chat, and no other, speaks for this user, and for no other."""
     db.run(
         """
         INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at, token_hash)
         VALUES (?, ?, ?, ?, ?)
         """,
-        bot_id,
-        chat_id,
+        *chat,
         user_id,
         iso(now()),
         hash_token(token),
     )
 
 
-def delete_chat(db, bot_id, chat_id):
+def delete_chat(db, chat):
     """The chat speaks for nobody from now on."""
-    db.run("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", bot_id, chat_id)
+    db.run("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", *chat)
 
 
 def find_chat(db, user_id):
@@ -1268,24 +1267,22 @@ def count_elsewhere(db, bot_id):
     return db.one("SELECT count(*) FROM chats WHERE bot_id <> ?", bot_id)[0]
 
 
-def find_chat_user(db, bot_id, chat_id):
+def find_chat_user(db, chat):
     """The user the chat is linked to, with the hash of the token that did it, or None."""
     return db.one(
         """
         SELECT users.id, username, token_hash FROM chats JOIN users ON users.id = user_id
         WHERE bot_id = ? AND chat_id = ?
         """,
-        bot_id,
-        chat_id,
+        *chat,
     )
 
 
-def add_told_group(db, bot_id, chat_id):
+def add_told_group(db, chat):
     """True the first time, False when the group has been told before."""
     return db.changes(
         "INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        bot_id,
-        chat_id,
+        *chat,
     )
 
 
@@ -1302,7 +1299,7 @@ def move_told_group(db, bot_id, old_chat_id, chat_id):
     )
 
 
-def add_heard(db, bot_id, chat_id, message_id, text, album):
+def add_heard(db, chat, message_id, text, album):
     """True the first time that a message is heard; some heard long ago are forgotten."""
     db.run(
         """
@@ -1316,8 +1313,7 @@ def add_heard(db, bot_id, chat_id, message_id, text, album):
         INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash, album)
         VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
         """,
-        bot_id,
-        chat_id,
+        *chat,
         message_id,
         now(),
         hash_token(text) if text else None,
@@ -1325,7 +1321,7 @@ def add_heard(db, bot_id, chat_id, message_id, text, album):
     )
 
 
-def set_told_text_only(db, bot_id, chat_id, message_id):
+def set_told_text_only(db, chat, message_id):
     """Note that the chat is told so. False when it was a moment ago, or for the same album."""
     return db.changes(
         """
@@ -1335,23 +1331,21 @@ def set_told_text_only(db, bot_id, chat_id, message_id):
             WHERE that.bot_id = this.bot_id AND that.chat_id = this.chat_id AND that.was_told
             AND (abs(that.heard_at - ?) < ? OR that.album = this.album))
         """,
-        bot_id,
-        chat_id,
+        *chat,
         message_id,
         now(),
         TEXT_ONLY_SECONDS,
     )
 
 
-def set_edited(db, bot_id, chat_id, message_id, text):
+def set_edited(db, chat, message_id, text):
     """Note that a text has changed. False when it has not, was not heard, or had before."""
     return db.changes(
         """
         UPDATE heard SET text_hash = NULL
         WHERE bot_id = ? AND chat_id = ? AND message_id = ? AND text_hash <> ?
         """,
-        bot_id,
-        chat_id,
+        *chat,
         message_id,
         hash_token(text) if text else None,
     )
@@ -1608,9 +1602,7 @@ def forget_idempotency_keys(db):
     )
 
 
-def add_delivery(
-    db, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at, thread_id
-):
+def add_delivery(db, chat, text, message_id, is_own_copy, is_last, silent, send_at, thread_id):
     """Queue one Telegram message."""
     db.run(
         """
@@ -1619,8 +1611,7 @@ def add_delivery(
             queued_at)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
-        bot_id,
-        chat_id,
+        *chat,
         text,
         message_id,
         is_own_copy,
@@ -1630,7 +1621,7 @@ def add_delivery(
         thread_id,
         now(),
     )
-    db.queued_for.add((bot_id, chat_id))
+    db.queued_for.add(tuple(chat))
 
 
 def add_leftover(db, chat, to_chat, reason):
@@ -1856,15 +1847,14 @@ def fail_messages(db, message_ids, reason):
     return failed
 
 
-def find_relayed(db, bot_id, chat_id, telegram_message_id):
+def find_relayed(db, chat, telegram_message_id):
     """(id, sender_id) of the message that this Telegram message repeats, or None."""
     return db.one(
         """
         SELECT id, sender_id FROM relayed JOIN messages ON messages.id = message_id
         WHERE bot_id = ? AND chat_id = ? AND telegram_message_id = ?
         """,
-        bot_id,
-        chat_id,
+        *chat,
         telegram_message_id,
     )
 
@@ -2064,7 +2054,7 @@ def queue_text(
     for n, part_text in enumerate(parts, 1):
         is_last = n == len(parts)
         add_delivery(
-            db, *chat, part_text, message_id, is_own_copy, is_last, silent, send_at, thread_id
+            db, chat, part_text, message_id, is_own_copy, is_last, silent, send_at, thread_id
         )
 
 
@@ -2122,18 +2112,18 @@ class Pace:
 pace = Pace()
 
 
-def link_chat(db, bot_id, chat_id, user_id, token):
+def link_chat(db, chat, user_id, token):
     """The chat speaks for this user from now on. What is queued for an earlier chat moves here."""
-    chat, earlier_chat = (bot_id, chat_id), find_chat(db, user_id)
+    earlier_chat = find_chat(db, user_id)
     if earlier_chat and tuple(earlier_chat) != chat:
         leave_queue(db, earlier_chat, chat)
-    set_chat(db, bot_id, chat_id, user_id, token)
+    set_chat(db, chat, user_id, token)
 
 
-def unlink_chat(db, bot_id, chat_id, reason):
+def unlink_chat(db, chat, reason):
     """The chat speaks for nobody from now on, and what is queued for it is given up."""
-    delete_chat(db, bot_id, chat_id)
-    leave_queue(db, (bot_id, chat_id), reason=reason)
+    delete_chat(db, chat)
+    leave_queue(db, chat, reason=reason)
 
 
 def leave_queue(db, chat, to_chat=(None, None), reason=""):
@@ -2273,7 +2263,7 @@ def deliver(home, delivery):
 def leave_chat(home, delivery, reason):
     """Nothing reaches the chat any more."""
     log.warning(f"chat {delivery['chat_id']} is gone: unlinked")
-    settle(unlink_chat, home.id, delivery["chat_id"], reason)
+    settle(unlink_chat, (home.id, delivery["chat_id"]), reason)
 
 
 def put_off(home, delivery, reason, retry_after=None, is_missing=False):
@@ -2469,7 +2459,7 @@ def converse(db, chat, text, message):
     forwarded is a quotation, never a command or a token. From the terminal it is the number of the
     message that the text answers, if it answers one.
     """
-    user = find_chat_user(db, *chat)
+    user = find_chat_user(db, chat)
     name, argument = parse_command(text)
     token = argument if name == "start" else text.strip()
     if pick(message, "forward_origin", dict) or pick(message, "forward_date", int):
@@ -2485,7 +2475,7 @@ def converse(db, chat, text, message):
     if name == "start":
         return WRONG_TOKEN
     if name == "stop":
-        unlink_chat(db, *chat, "the chat was unlinked with /stop")
+        unlink_chat(db, chat, "the chat was unlinked with /stop")
         return UNLINKED.format(**user)
     if name:
         return UNKNOWN_COMMAND
@@ -2499,7 +2489,7 @@ def use_token(db, chat, user, token):
         return STOP_FIRST.format(**user)
     if owner:
         spend_link_token(db, token)
-        link_chat(db, *chat, owner["id"], token)
+        link_chat(db, chat, owner["id"], token)
         return LINKED.format(**owner)
     if user and user["token_hash"] == hash_token(token):
         return LINKED_TO.format(**user)
@@ -2554,7 +2544,7 @@ def find_addressee(db, chat, user, replied):
 
     (None, None) when nobody knows.
     """
-    if message := find_relayed(db, *chat, pick(replied, "message_id", int)):
+    if message := find_relayed(db, chat, pick(replied, "message_id", int)):
         if other := find_other_user(db, message["id"], user["id"]):
             return other, message["id"]
         # The chat was another account's before.
@@ -2568,7 +2558,7 @@ def find_addressee(db, chat, user, replied):
 
 def press(db, bot_id, query):
     """Make a pressed button its user's answer, once. What to tell who pressed, None: nothing."""
-    user = find_chat_user(db, bot_id, pick_chat(pick(query, "message", dict)))
+    user = find_chat_user(db, (bot_id, pick_chat(pick(query, "message", dict))))
     numbers = re.fullmatch("([0-9]{1,18}):([0-9])", pick(query, "data", str) or "")
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
@@ -2606,9 +2596,7 @@ def receive(bot_id, update):
                 overhear(db, chat, chat_type, kind, message)
             elif kind == "message":
                 hear_once(db, chat, message, update["update_id"])
-            elif set_edited(
-                db, *chat, pick(message, "message_id", int), pick(message, "text", str)
-            ):
+            elif set_edited(db, chat, pick(message, "message_id", int), pick(message, "text", str)):
                 queue_text(db, chat, EDITED)
     return None
 
@@ -2620,11 +2608,11 @@ def hear_once(db, chat, message, update_id):
     if text is None and not any(map(message.get, MEDIA)):
         return
     album = pick(message, "media_group_id", str)
-    if not add_heard(db, *chat, message_id, text, album):
+    if not add_heard(db, chat, message_id, text, album):
         return
     if text is not None:
         hear(db, chat, text, message)
-    elif set_told_text_only(db, *chat, message_id):
+    elif set_told_text_only(db, chat, message_id):
         queue_text(db, chat, TEXT_ONLY)
 
 
@@ -2647,7 +2635,7 @@ def overhear(db, chat, chat_type, kind, message):
     if "reply_to_message" in message and not pick(message, "is_topic_message", bool):
         # A thread of replies, not a topic.
         thread_id = None
-    is_first = add_told_group(db, *chat)
+    is_first = add_told_group(db, chat)
     if seen or is_first:
         queue_text(db, chat, TOKEN_SEEN if seen else PRIVATE_ONLY, thread_id=thread_id)
 
@@ -4590,7 +4578,7 @@ def unlink_telegram(user):
     """
     with transaction() as db:
         if chat := find_chat(db, user["id"]):
-            unlink_chat(db, *chat, "the user unlinked the chat")
+            unlink_chat(db, chat, "the user unlinked the chat")
 
 
 @app.post("/api/users/set-password/")
@@ -5810,7 +5798,7 @@ def administer(name, password_hash):
             else:
                 raise nobody
             if not password_hash and (chat := find_chat(db, user["id"])):
-                unlink_chat(db, *chat, "the account was disabled")
+                unlink_chat(db, chat, "the account was disabled")
     except Refused as refused:
         raise BadSetting(f"No account {name} can be made: {' '.join(refused.args)}") from None
     except sqlite3.Error as error:

@@ -1846,7 +1846,7 @@ def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(
         factoryapp.settle(factoryapp.settle_sent, head, 55)
         factoryapp.turns.give_back(7, None)
     else:
-        factoryapp.settle(factoryapp.unlink_chat, telegram.id, 7, "403 Forbidden")
+        factoryapp.settle(factoryapp.unlink_chat, (telegram.id, 7), "403 Forbidden")
         factoryapp.turns.give_back(7, None)
     clock.move(1)
     deliver_all(telegram)
