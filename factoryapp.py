@@ -1351,9 +1351,7 @@ def set_edited(db, chat, message_id, text):
     )
 
 
-def add_message(
-    db, sender_id, recipient_id, text, source, delivery, send_at=0, reply_to=None, choices=None
-):
+def add_message(db, sender_id, recipient_id, text, source, delivery, send_at, reply_to, choices):
     """Store a message. Returns its id."""
     db.changed_for |= {sender_id, recipient_id}
     return db.run(
@@ -1925,7 +1923,7 @@ def issue_token(kind, user):
     return jwt.encode(claims, settings.key, algorithm="HS256")
 
 
-def read_token(token, kind=None):
+def read_token(token, kind):
     """The claims of a valid JWT of that kind (None: of any).
 
     Raises TokenError, worded and ordered as simplejwt does.
