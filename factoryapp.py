@@ -4021,13 +4021,6 @@ def tidy_username(name):
     return normalize("NFKC", name.strip(), MAX_USERNAME)
 
 
-class Form(dict):
-    """A form's fields. Forms send an empty field as "": for an optional one, "not given".
-
-    What several values stand for is a list of them, where the field may be one, else the last.
-    """
-
-
 def read_fields(fields, sent, user=None):
     """The values of declared fields, None for an optional one that is not given.
 
@@ -4035,11 +4028,9 @@ def read_fields(fields, sent, user=None):
     """
     values, errors = {}, {}
     for name, declared_field in fields.items():
-        is_optional = not declared_field.required
-        is_blank_in_form = isinstance(sent, Form) and sent.get(name) == ""
-        if name not in sent or (is_blank_in_form and is_optional):
+        if name not in sent:
             values[name] = None
-            if not is_optional:
+            if declared_field.required:
                 errors[name] = [REQUIRED]
         elif sent[name] is None:
             errors[name] = [MAY_NOT_BE_NULL]
@@ -4101,7 +4092,7 @@ def read_body(said):
     if kind == "application/json":
         return read_json(request.body.read())
     try:
-        fields = read_form(said, kind)
+        return read_form(said, kind)
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
     except (MultipartError, LookupError, ValueError) as error:
@@ -4110,15 +4101,13 @@ def read_body(said):
         log.info(f"form refused: {error}")
         detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
         raise refusal(400, f"Form parse error - {detail}") from None
-    if fields is not None:
-        return fields
-    raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
 
 
 def read_form(said, kind):
     """The fields of a form, or of the JSON object that curl's -d calls a form.
 
-    None for another kind of body. Raises ValueError, LookupError, MultipartError.
+    What several values stand for is a list of them, where the field may be one, else the last.
+    Raises HTTPError 400, 415 for another kind of body, ValueError, LookupError, MultipartError.
     """
     charset = read_charset()
     if kind == MULTIPART:
@@ -4132,12 +4121,15 @@ def read_form(said, kind):
         text = re.sub(r"\r?\n\Z", "", request.body.read().decode(charset))
         pairs = [*parse_form(request.query_string), (said.plain, text)]
     else:
-        return None
-    form = Form(pairs)
+        raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
+    form = dict(pairs)
     for name, declared_field in said.body.items():
         values = [value for key, value in pairs if key == name]
         if isinstance(declared_field, Several) and len(values) > 1:
             form[name] = values
+        elif form.get(name) == "" and not declared_field.required:
+            # Forms send an empty field as "": for an optional one, "not given".
+            del form[name]
     return form
 
 
