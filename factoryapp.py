@@ -3551,9 +3551,9 @@ def asks(**fields):
     return declare(query=fields)
 
 
-def takes(max_body_bytes=MAX_BODY_BYTES, plain=None, **fields):
+def takes(**fields):
     """The route gets these fields of the body."""
-    return declare(403, 413, 415, max_body_bytes=max_body_bytes, plain=plain, body=fields)
+    return declare(403, 413, 415, body=fields)
 
 
 def answers(status, schema, *refusals):
@@ -4678,8 +4678,6 @@ def list_all_users(user, **page):
 @app.post("/api/messages/")
 @signed_in
 @takes(
-    MAX_MESSAGE_BODY_BYTES,
-    plain="text",
     text=Text(MAX_TEXT, example="Линия 4 остановлена"),
     recipient=Several(
         NAME_FIELD, 1, MAX_RECIPIENTS, "alice", "A username, or a list of them; you, if left out."
@@ -4697,6 +4695,8 @@ def list_all_users(user, **page):
     ),
 )
 @declare(
+    max_body_bytes=MAX_MESSAGE_BODY_BYTES,
+    plain="text",
     headers={
         "Idempotency-Key": {
             "type": "string",
