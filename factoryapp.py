@@ -3475,11 +3475,12 @@ def refusal(status, detail, **headers):
     return HTTPError(status, {"detail": detail}, **headers)
 
 
-def throttled(wait):
-    """What is refused for so many seconds."""
-    seconds = str(math.ceil(wait))
-    detail = f"Request was throttled. Expected available in {seconds} seconds."
-    return refusal(429, detail, Retry_After=seconds)
+def refuse_for(wait):
+    """Refuse the request for so many seconds, if any. Raises HTTPError 429."""
+    if wait:
+        seconds = str(math.ceil(wait))
+        detail = f"Request was throttled. Expected available in {seconds} seconds."
+        raise refusal(429, detail, Retry_After=seconds)
 
 
 # What we answer is nobody else's, and nothing but what it says it is.
@@ -3779,9 +3780,7 @@ def may_register():
     if settings.registration == "closed":
         raise refusal(403, "Registration is closed: ask whoever runs this server.")
     sign_in()
-    wait = registrations.try_once({throttle_key(): REGISTRATIONS_PER_ADDRESS})
-    if wait > 0:
-        raise throttled(wait)
+    refuse_for(registrations.try_once({throttle_key(): REGISTRATIONS_PER_ADDRESS}))
 
 
 # The route gets the signed-in user first.
@@ -4448,9 +4447,7 @@ def check_password(username, password, password_hash):
         (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
         address: LOGIN_FAILURES_PER_ADDRESS,
     }
-    wait = login_throttle.try_once(limits)
-    if wait > 0:
-        raise throttled(wait)
+    refuse_for(login_throttle.try_once(limits))
     is_right = password_matches(password, password_hash)
     if is_right:
         login_throttle.forgive(*limits)
@@ -4726,8 +4723,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
             answered = replay(db, user, request_hash, earlier)
             return answered if isinstance(recipient, list) else answered[0]
         recipients = find_recipients(db, user, recipient, reply_to)
-        if wait := pace.try_once(user, recipients):
-            raise throttled(wait)
+        refuse_for(pace.try_once(user, recipients))
         sent = [
             relay(db, user, to, text, "api", bool(silent), send_at or 0, reply_to, choices)
             for to in recipients
