@@ -3431,7 +3431,6 @@ REQUIRED = "This field is required."
 MAY_NOT_BE_NULL = "This field may not be null."
 MAY_NOT_BE_BLANK = "This field may not be blank."
 NOT_A_STRING = "Not a valid string."
-NO_DATA = {"non_field_errors": ["No data provided"]}
 WRONG_CREDENTIALS = {"detail": "No active account found with the given credentials"}
 NO_CREDENTIALS = {"detail": "Authentication credentials were not provided."}
 NOT_TWO_VALUES = {
@@ -3829,7 +3828,7 @@ class Text:
 
     def read(self, value, username=None):
         """The text that was sent, by this user if that is known. Raises Refused."""
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        if type(value) not in (str, int, float):
             raise Refused(NOT_A_STRING)
         text = self.tidy(str(value))
         if not text.strip():
@@ -4154,10 +4153,10 @@ def read_json(body):
         raise refusal(400, "JSON parse error - nested too deeply") from None
     except ValueError as error:
         raise refusal(400, f"JSON parse error - {error}") from None
-    if value is None:
-        raise HTTPError(400, NO_DATA)
     if not isinstance(value, dict):
         sentence = f"Invalid data. Expected a dictionary, but got {type(value).__name__}."
+        if value is None:
+            sentence = "No data provided"
         raise HTTPError(400, {"non_field_errors": [sentence]})
     return value
 
