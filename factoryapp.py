@@ -3425,6 +3425,12 @@ app = Bottle()
 app.uninstall(True)
 response.default_content_type = "application/json"
 
+
+def coded(detail, code="token_not_valid"):
+    """What simplejwt refuses a token with."""
+    return {"detail": detail, "code": code}
+
+
 # Refusals, in simplejwt's and Django REST framework's words.
 NAME_TAKEN = {"username": ["A user with that username already exists."]}
 REQUIRED = "This field is required."
@@ -3433,23 +3439,13 @@ MAY_NOT_BE_BLANK = "This field may not be blank."
 NOT_A_STRING = "Not a valid string."
 WRONG_CREDENTIALS = {"detail": "No active account found with the given credentials"}
 NO_CREDENTIALS = {"detail": "Authentication credentials were not provided."}
-NOT_TWO_VALUES = {
-    "detail": "Authorization header must contain two space-delimited values",
-    "code": "bad_authorization_header",
-}
-NO_USER_ID = {
-    "detail": "Token contained no recognizable user identification",
-    "code": "token_not_valid",
-}
-USER_NOT_FOUND = {"detail": "User not found", "code": "user_not_found"}
-PASSWORD_CHANGED = {
-    "detail": "The user's password has been changed.",
-    "code": "password_changed",
-}
-NO_ACCOUNT = {
-    "detail": "No active account found for the given token.",
-    "code": "no_active_account",
-}
+NOT_TWO_VALUES = coded(
+    "Authorization header must contain two space-delimited values", "bad_authorization_header"
+)
+NO_USER_ID = coded("Token contained no recognizable user identification")
+USER_NOT_FOUND = coded("User not found", "user_not_found")
+PASSWORD_CHANGED = coded("The user's password has been changed.", "password_changed")
+NO_ACCOUNT = coded("No active account found for the given token.", "no_active_account")
 PUBLIC_DETAILS = {
     404: "Not found.",
     413: "The request is too large.",
@@ -3458,15 +3454,10 @@ PUBLIC_DETAILS = {
 }
 
 
-def refuse_token(error):
-    """What a token that is sent in a body is refused with."""
-    return {"detail": str(error), "code": "token_not_valid"}
-
-
 def refuse_access_token(error):
     """What a token that is sent as Authorization is refused with."""
     reason = {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
-    return {**refuse_token("Given token not valid for any token type"), "messages": [reason]}
+    return {**coded("Given token not valid for any token type"), "messages": [reason]}
 
 
 def refusal(status, detail, **headers):
@@ -3752,7 +3743,7 @@ def sign_in_by_key(key):
     """The user of an API key. Raises HTTPError 401."""
     user, time = find_key_user(connection(), key), iso_second(int(now()))
     if user is None or (user["expires_at"] or "never") <= time:
-        raise HTTPError(401, refuse_access_token(TokenError("Token is invalid")))
+        raise HTTPError(401, refuse_access_token("Token is invalid"))
     if user["last_used_on"] != time[:10]:
         used_keys.add(user["key_id"])
     return user
@@ -4479,7 +4470,7 @@ def read_live_token(token, kind=None):
     try:
         claims = read_token(token, kind)
     except TokenError as error:
-        raise HTTPError(401, refuse_token(error)) from None
+        raise HTTPError(401, coded(str(error))) from None
     user = token_user(claims)
     if user and was_ended(claims, user):
         raise HTTPError(401, PASSWORD_CHANGED)
