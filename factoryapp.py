@@ -2501,11 +2501,7 @@ def note(db, chat, user, text, message):
         return TOO_LONG
     if not text.strip():
         return None
-    if isinstance(message, int):
-        recipient, reply_to = find_other_user(db, message, user["id"]), message
-    else:
-        replied = pick(message, "reply_to_message", dict)
-        recipient, reply_to = find_addressee(db, chat, user, replied)
+    recipient, reply_to = find_addressee(db, chat, user, message)
     if not recipient:
         return NO_SUCH_NUMBER if isinstance(message, int) else UNKNOWN_REPLY
     if wait := pace.try_once(user, [recipient]):
@@ -2537,16 +2533,19 @@ def show_links(text, entities):
     return text
 
 
-def find_addressee(db, chat, user, replied):
-    """(Whom a text is for that replies to this Telegram message, which message it answers).
+def find_addressee(db, chat, user, message):
+    """(Whom a text is for that was sent with this, as in converse(); which message it answers).
 
-    (None, None) when nobody knows.
+    (None, …) when nobody knows.
     """
-    if message := find_relayed(db, chat, pick(replied, "message_id", int)):
-        if other := find_other_user(db, message["id"], user["id"]):
-            return other, message["id"]
+    if isinstance(message, int):
+        return find_other_user(db, message, user["id"]), message
+    replied = pick(message, "reply_to_message", dict)
+    if relayed := find_relayed(db, chat, pick(replied, "message_id", int)):
+        if other := find_other_user(db, relayed["id"], user["id"]):
+            return other, relayed["id"]
         # The chat was another account's before.
-        return find_user(db, message["sender_id"]), None
+        return find_user(db, relayed["sender_id"]), None
     if pick(pick(replied, "from", dict), "id", int) != chat[0]:
         return user, None
     # The bot wrote it, but does not remember: a send whose answer was lost.
