@@ -2749,7 +2749,7 @@ class Telegram(Home):
         silent = ticks() - (self.answered or self.started)
         return not self.refusal and silent <= SILENT_SECONDS
 
-    def request(self, method, url, params=None, files=None, timeout=None, proxies=None):
+    def request(self, method, url, params, files, timeout, proxies):
         """telebot's way to the network. Raises TelegramError.
 
         Texts go in the body, the deadline is for the whole answer, and an error names only its
@@ -2843,10 +2843,6 @@ class Telegram(Home):
         except TelegramError as error:
             log.info(f"Telegram's menu does not show the commands: {error}")
 
-    def delete_webhook(self):
-        """Take away the webhook that keeps this bot from polling."""
-        apihelper.delete_webhook(self.token)
-
     def poll(self):
         """Fetch one batch and take each update in.
 
@@ -2897,7 +2893,7 @@ class Telegram(Home):
         """Tell the operator what a failed poll means. What mends it, or None."""
         if error.code == 409 and "webhook" in error.description.lower():
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
-            return self.delete_webhook
+            return partial(apihelper.delete_webhook, self.token)
         self.refusal = error.code if error.code in (401, 404, 409) else None
         self.error = f"polling failed: {error}"
         if error.code == 409:
