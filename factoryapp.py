@@ -2671,7 +2671,7 @@ class TelegramError(Exception):
 
     def __init__(self, code, description, retry_after=None):
         super().__init__(f"{code} {description}" if code else description)
-        self.code, self.description, self.retry_after = code, description, retry_after
+        self.code, self.retry_after = code, retry_after
 
 
 def notes_its_socket(kind):
@@ -2821,13 +2821,14 @@ class Telegram(Home):
                 reply_markup=keyboard,
             )
         except TelegramError as error:
+            reason = str(error)
             if error.code == 403:
-                raise ChatGone(str(error)) from None
-            if error.code == 400 and "chat not found" in error.description.lower():
-                raise ChatMissing(str(error), None) from None
+                raise ChatGone(reason) from None
+            if error.code == 400 and "chat not found" in reason.lower():
+                raise ChatMissing(reason, None) from None
             if error.code == 400:
-                raise GiveUp(str(error)) from None
-            raise TryLater(str(error), error.retry_after) from None
+                raise GiveUp(reason) from None
+            raise TryLater(reason, error.retry_after) from None
         return pick(sent, "message_id", int)
 
     def introduce(self):
@@ -2891,7 +2892,7 @@ class Telegram(Home):
 
     def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
-        if error.code == 409 and "webhook" in error.description.lower():
+        if error.code == 409 and "webhook" in str(error).lower():
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
             return partial(apihelper.delete_webhook, self.token)
         self.refusal = error.code if error.code in (401, 404, 409) else None
