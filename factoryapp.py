@@ -3782,9 +3782,9 @@ class Refused(ValueError):
     """What was sent is not what a field takes; the arguments are sentences for the client."""
 
 
-def json_schema(**words):
-    """The JSON schema of those words that are not None."""
-    return {name: value for name, value in words.items() if value is not None}
+def those_given(**values):
+    """Those of these that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
@@ -3804,7 +3804,7 @@ class Text:
 
     @property
     def schema(self):
-        return json_schema(
+        return those_given(
             type=self.type,
             minLength=1,
             maxLength=self.max_length,
@@ -3951,7 +3951,7 @@ class Number:
 
     @property
     def schema(self):
-        return json_schema(type="integer", **vars(self))
+        return those_given(type="integer", **vars(self))
 
     def read(self, value, username):
         if not re.fullmatch("-?[0-9]{1,20}", str(value)):
@@ -4174,7 +4174,7 @@ PAGING = {
 
 def answer_list(listing, user, **given):
     """A JSON array of a listing's rows, or of a page of them."""
-    given = {name: value for name, value in given.items() if value is not None}
+    given = those_given(**given)
     page = {"user": user["id"], "after": 0, "before": MAX_ID, "delivery": None, **given}
     if "limit" in given:
         end_page(listing, page, given)
@@ -4932,7 +4932,7 @@ def describe_body(fields):
     return {
         "type": "object",
         "properties": schemas,
-        "example": json_schema(**examples),
+        "example": those_given(**examples),
         "required": [name for name, each in fields.items() if each.required],
     }
 
