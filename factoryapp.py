@@ -3450,12 +3450,6 @@ PUBLIC_DETAILS = {
 }
 
 
-def refuse_access_token(error):
-    """What a token that is sent as Authorization is refused with."""
-    reason = {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
-    return {**coded("Given token not valid for any token type"), "messages": [reason]}
-
-
 def refusal(status, detail, **headers):
     """An answer that says what is wrong in one sentence."""
     return HTTPError(status, {"detail": detail}, **headers)
@@ -3714,17 +3708,19 @@ def sign_in():
     if len(rest) != 1:
         raise HTTPError(401, NOT_TWO_VALUES)
     by = sign_in_by_key if rest[0].startswith(KEY_PREFIX) else sign_in_by_token
-    user = by(rest[0])
+    try:
+        user = by(rest[0])
+    except TokenError as error:
+        reason = {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
+        detail = coded("Given token not valid for any token type") | {"messages": [reason]}
+        raise HTTPError(401, detail) from None
     request.environ["factoryapp.user_id"] = user["id"]
     return user
 
 
 def sign_in_by_token(token):
-    """The user of an access token. Raises HTTPError 401."""
-    try:
-        claims = read_access_token(token)
-    except TokenError as error:
-        raise HTTPError(401, refuse_access_token(error)) from None
+    """The user of an access token. Raises TokenError, HTTPError 401."""
+    claims = read_access_token(token)
     if "user_id" not in claims:
         raise HTTPError(401, NO_USER_ID)
     user = token_user(claims)
@@ -3736,10 +3732,10 @@ def sign_in_by_token(token):
 
 
 def sign_in_by_key(key):
-    """The user of an API key. Raises HTTPError 401."""
+    """The user of an API key. Raises TokenError."""
     user, time = find_key_user(connection(), key), iso_second(int(now()))
     if user is None or (user["expires_at"] or "never") <= time:
-        raise HTTPError(401, refuse_access_token("Token is invalid"))
+        raise TokenError("Token is invalid")
     if user["last_used_on"] != time[:10]:
         used_keys.add(user["key_id"])
     return user
