@@ -3792,6 +3792,7 @@ class Text:
     tidy: type = str
     pattern: str = None
     pattern_error: str = None
+    min_length: int = 1  # as JSON schema is told
     example: str = None
     description: str = None
     type: object = ("string", "number")  # in JSON; a number counts as its digits
@@ -3802,7 +3803,7 @@ class Text:
     def schema(self):
         return those_given(
             type=self.type,
-            minLength=1,
+            minLength=self.min_length,
             maxLength=self.max_length,
             example=self.example,
             description=self.description,
@@ -3844,19 +3845,19 @@ class NewUsername(Text):
             yield "Enter a valid username. This value holds letters that cannot be seen."
 
 
+@dataclass
 class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
+
+    min_length: int = MIN_PASSWORD
+    type: object = "string"
+    # Not of digits alone.
+    schema_pattern: str = r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
     @staticmethod
     def core(text):
         """What is left of a text without case, and digits at its ends."""
         return fold(text).strip("0123456789") or text
-
-    @property
-    def schema(self):
-        not_numeric = r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
-        more = {"type": "string", "minLength": MIN_PASSWORD, "pattern": not_numeric}
-        return super().schema | more
 
     def errors_of(self, text, username):
         yield from super().errors_of(text, username)
