@@ -3586,7 +3586,7 @@ def serve_declared(route):
                 values |= read_fields(said.query, request.query)
             if said.body:
                 values |= read_fields(said.body, read_body(said), user)
-            body = route(user, **values) if said.sign_in in SIGNED_IN else route(**values)
+            body = route(user, **values) if user else route(**values)
         except HTTPResponse:
             raise
         except Exception as error:
@@ -3767,7 +3767,6 @@ def may_register():
 
 # The route gets the signed-in user first.
 signed_in = declare(401, sign_in=require_user)
-SIGNED_IN = require_user, require_login
 # With a password, not by a key.
 logged_in = declare(401, 403, sign_in=require_login)
 # Anybody may call the route while it is open, but not with a wrong token.
@@ -4844,7 +4843,8 @@ TAGS = {
 }
 BEARER = {"Bearer": []}
 SECURITY = {
-    **dict.fromkeys(SIGNED_IN, [BEARER]),
+    require_user: [BEARER],
+    require_login: [BEARER],
     may_register: [{}, BEARER],
 }
 # What a status means, where it says more than its phrase.
