@@ -1110,7 +1110,7 @@ def add_key(db, user_id, name, key, expires_at):
         """,
         user_id,
         name,
-        hash_token(key),
+        sha256(key),
         iso(now()),
         expires_at and iso(expires_at),
     )
@@ -1134,7 +1134,7 @@ def find_key_user(db, key):
         SELECT users.id, username, api_keys.id AS key_id, expires_at, last_used_on
         FROM api_keys JOIN users ON users.id = user_id WHERE key_hash = ?
         """,
-        hash_token(key),
+        sha256(key),
     )
 
 
@@ -1176,8 +1176,8 @@ def is_blacklisted(db, jti):
     return db.one("SELECT 1 FROM blacklisted_tokens WHERE jti = ?", jti) is not None
 
 
-def hash_token(token):
-    return hashlib.sha256(token.encode()).digest()
+def sha256(text):
+    return hashlib.sha256(text.encode()).digest()
 
 
 def add_link_token(db, user_id, token, expires_at):
@@ -1195,7 +1195,7 @@ def add_link_token(db, user_id, token, expires_at):
     db.run(
         "INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
         user_id,
-        hash_token(token),
+        sha256(token),
         expires_at,
     )
 
@@ -1207,7 +1207,7 @@ def find_link_token_user(db, token):
         SELECT users.id, username FROM link_tokens JOIN users ON users.id = user_id
         WHERE token_hash = ? AND expires_at > ?
         """,
-        hash_token(token),
+        sha256(token),
         now(),
     )
 
@@ -1215,7 +1215,7 @@ def find_link_token_user(db, token):
 def spend_link_token(db, token):
     """The token is dead from now on. True when it was alive."""
     spent = db.one(
-        "DELETE FROM link_tokens WHERE token_hash = ? RETURNING expires_at", hash_token(token)
+        "DELETE FROM link_tokens WHERE token_hash = ? RETURNING expires_at", sha256(token)
     )
     return spent is not None and spent["expires_at"] > now()
 
@@ -1248,7 +1248,7 @@ def set_chat(db, chat, user_id, token):
         *chat,
         user_id,
         iso(now()),
-        hash_token(token),
+        sha256(token),
     )
 
 
@@ -1316,7 +1316,7 @@ def add_heard(db, chat, message_id, text, album):
         *chat,
         message_id,
         now(),
-        hash_token(text) if text else None,
+        sha256(text) if text else None,
         album,
     )
 
@@ -1347,7 +1347,7 @@ def set_edited(db, chat, message_id, text):
         """,
         *chat,
         message_id,
-        hash_token(text) if text else None,
+        sha256(text) if text else None,
     )
 
 
@@ -2489,7 +2489,7 @@ def use_token(db, chat, user, token):
         spend_link_token(db, token)
         link_chat(db, chat, owner["id"], token)
         return LINKED.format(**owner)
-    if user and user["token_hash"] == hash_token(token):
+    if user and user["token_hash"] == sha256(token):
         return LINKED_TO.format(**user)
     return None
 
@@ -3398,8 +3398,7 @@ def csp_hash(element):
     CSP level 2, hash sources.
     """
     text = re.search(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)[1]
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    return f"'sha256-{base64.b64encode(sha256(text)).decode()}'"
 
 
 PAGE_HEADERS = {
@@ -4699,7 +4698,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
         leave_round("patient")
     key = read_idempotency_key()
     fields = text, recipient, silent, send_at, *filter(None, (reply_to, choices))
-    request_hash = hashlib.sha256(repr(fields).encode()).digest()
+    request_hash = sha256(repr(fields))
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
             answered = replay(db, user, request_hash, earlier)
