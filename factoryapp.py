@@ -3426,21 +3426,9 @@ def coded(detail, code="token_not_valid"):
     return {"detail": detail, "code": code}
 
 
-# Refusals, in simplejwt's and Django REST framework's words.
+# Refusals are in simplejwt's and Django REST framework's words.
 NAME_TAKEN = {"username": ["A user with that username already exists."]}
-REQUIRED = "This field is required."
-MAY_NOT_BE_NULL = "This field may not be null."
-MAY_NOT_BE_BLANK = "This field may not be blank."
-NOT_A_STRING = "Not a valid string."
-WRONG_CREDENTIALS = {"detail": "No active account found with the given credentials"}
-NO_CREDENTIALS = {"detail": "Authentication credentials were not provided."}
-NOT_TWO_VALUES = coded(
-    "Authorization header must contain two space-delimited values", "bad_authorization_header"
-)
-NO_USER_ID = coded("Token contained no recognizable user identification")
-USER_NOT_FOUND = coded("User not found", "user_not_found")
 PASSWORD_CHANGED = coded("The user's password has been changed.", "password_changed")
-NO_ACCOUNT = coded("No active account found for the given token.", "no_active_account")
 PUBLIC_DETAILS = {
     404: "Not found.",
     413: "The request is too large.",
@@ -3705,7 +3693,8 @@ def sign_in():
     if scheme.lower() != "bearer":
         return None
     if len(rest) != 1:
-        raise HTTPError(401, NOT_TWO_VALUES)
+        detail = "Authorization header must contain two space-delimited values"
+        raise HTTPError(401, coded(detail, "bad_authorization_header"))
     by = sign_in_by_key if rest[0].startswith(KEY_PREFIX) else sign_in_by_token
     try:
         user = by(rest[0])
@@ -3721,10 +3710,10 @@ def sign_in_by_token(token):
     """The user of an access token. Raises TokenError, HTTPError 401."""
     claims = read_access_token(token)
     if "user_id" not in claims:
-        raise HTTPError(401, NO_USER_ID)
+        raise HTTPError(401, coded("Token contained no recognizable user identification"))
     user = token_user(claims)
     if user is None:
-        raise HTTPError(401, USER_NOT_FOUND)
+        raise HTTPError(401, coded("User not found", "user_not_found"))
     if was_ended(claims, user):
         raise HTTPError(401, PASSWORD_CHANGED)
     return user
@@ -3744,7 +3733,7 @@ def require_user():
     """The signed-in user. Raises HTTPError 401 when there is none."""
     user = sign_in()
     if user is None:
-        raise HTTPError(401, NO_CREDENTIALS)
+        raise refusal(401, "Authentication credentials were not provided.")
     return user
 
 
@@ -3811,10 +3800,10 @@ class Text:
     def read(self, value, username=None):
         """The text that was sent, by this user if that is known. Raises Refused."""
         if type(value) not in (str, int, float):
-            raise Refused(NOT_A_STRING)
+            raise Refused("Not a valid string.")
         text = self.tidy(str(value))
         if not text.strip():
-            raise Refused(MAY_NOT_BE_BLANK)
+            raise Refused("This field may not be blank.")
         if errors := list(self.errors_of(text, username)):
             raise Refused(*errors)
         return text
@@ -4011,9 +4000,9 @@ def read_fields(fields, sent, user=None):
         if name not in sent:
             values[name] = None
             if declared_field.required:
-                errors[name] = [REQUIRED]
+                errors[name] = ["This field is required."]
         elif sent[name] is None:
-            errors[name] = [MAY_NOT_BE_NULL]
+            errors[name] = ["This field may not be null."]
         else:
             try:
                 username = user["username"] if user else values.get("username")
@@ -4449,7 +4438,7 @@ def log_in(username, password):
     is_right = check_password(username, password, password_hash)
     # It may have been changed meanwhile.
     if not is_right or find_user(connection(), user["id"])["password"] != password_hash:
-        raise HTTPError(401, WRONG_CREDENTIALS)
+        raise refusal(401, "No active account found with the given credentials")
     return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
 
 
@@ -4478,7 +4467,8 @@ def refresh_token(refresh):
     """
     _, user = read_live_token(refresh, "refresh")
     if user is None:
-        raise HTTPError(401, NO_ACCOUNT)
+        detail = "No active account found for the given token."
+        raise HTTPError(401, coded(detail, "no_active_account"))
     return {"access": issue_token("access", user)}
 
 
