@@ -1979,17 +1979,6 @@ def read_access_token(token):
     return claims
 
 
-def token_user(claims):
-    """The user a JWT's claims name, or None when there is no such user (any more)."""
-    user_id = str(claims.get("user_id"))
-    return find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
-
-
-def was_ended(claims, user):
-    """Whether the user's password was changed after the JWT was issued."""
-    return int(claims.get("iat", 0)) < user["tokens_from"]
-
-
 class Throttle:
     """What was tried in the last minutes, by key; of one key only so much.
 
@@ -3706,6 +3695,18 @@ def sign_in():
     return user
 
 
+def token_user(claims):
+    """The user a JWT's claims name, or None when there is no such user (any more).
+
+    Raises HTTPError 401 where the password was changed after the JWT was issued.
+    """
+    user_id = str(claims.get("user_id"))
+    user = find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
+    if user and int(claims.get("iat", 0)) < user["tokens_from"]:
+        raise HTTPError(401, PASSWORD_CHANGED)
+    return user
+
+
 def sign_in_by_token(token):
     """The user of an access token. Raises TokenError, HTTPError 401."""
     claims = read_access_token(token)
@@ -3714,8 +3715,6 @@ def sign_in_by_token(token):
     user = token_user(claims)
     if user is None:
         raise HTTPError(401, coded("User not found", "user_not_found"))
-    if was_ended(claims, user):
-        raise HTTPError(401, PASSWORD_CHANGED)
     return user
 
 
@@ -4451,10 +4450,7 @@ def read_live_token(token, kind=None):
         claims = read_token(token, kind)
     except TokenError as error:
         raise HTTPError(401, coded(str(error))) from None
-    user = token_user(claims)
-    if user and was_ended(claims, user):
-        raise HTTPError(401, PASSWORD_CHANGED)
-    return claims, user
+    return claims, token_user(claims)
 
 
 @app.post("/auth/token/refresh/")
