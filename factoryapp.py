@@ -5625,15 +5625,12 @@ def choose_home(token):
             "123456789:AAE3xyz."
         )
     api_url = read_variable("TELEGRAM_API_URL", "https://api.telegram.org")
-    try:
+    with suppress(ValueError):
         parts = urllib.parse.urlsplit(api_url)
         # .port raises where it is no port.
-        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        is_good = False
-    if not is_good:
-        raise BadSetting("TELEGRAM_API_URL is malformed: it looks like https://api.telegram.org.")
-    return Telegram(token, api_url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return Telegram(token, api_url)
+    raise BadSetting("TELEGRAM_API_URL is malformed: it looks like https://api.telegram.org.")
 
 
 def listen(host, port):
