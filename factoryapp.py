@@ -5603,10 +5603,12 @@ def networks(text):
 
 
 def share_files():
-    """Have fewer connections and senders where few files may be open. Raises BadSetting."""
+    """Allow enough open files, or have fewer connections and senders. Raises BadSetting."""
     if not resource:
         return
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = max(files, OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     wanted = SENDERS * FILES_OF_A_SENDER + CONNECTIONS * FILES_OF_A_CONNECTION
     share = min(1, (files - OWN_FILES) / wanted)
     settings.connections, settings.senders = int(CONNECTIONS * share), int(SENDERS * share)
@@ -5668,12 +5670,8 @@ class Plain(logging.Formatter):
 
 
 def prepare_process():
-    """Make this process fit to serve: its files private, enough of them, its output quiet."""
+    """Make this process fit to serve: its files private, its output quiet."""
     os.umask(0o077)
-    if resource:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        files = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
