@@ -5088,7 +5088,6 @@ class Channel(HTTPChannel):
     parser_class = StrictRequest
     lane = None  # where its request is served, None: in a round
     held = None  # in a round: the pieces of the answer, which is not to leave before the commit
-    owes_continue = False  # to a request behind it that asked for 100-continue
     is_kept = False  # its next request is served once it has taken the answers before
     waits_until = None  # in ticks, its request for news
     arrived_at = 0  # its request
@@ -5148,9 +5147,9 @@ class Channel(HTTPChannel):
             except OSError as error:
                 log.error(f"an answer cannot be kept for its client: {error}")
                 self.handle_close()
-            if self.owes_continue:
-                self.owes_continue = False
-                self.send_continue()
+            if self.request:
+                # It may have asked for 100-continue.
+                self.received(b"")
         else:
             request = StrictRequest(self.adj)
             request.error, request.version = NotStored, "1.1"
@@ -5179,12 +5178,6 @@ class Channel(HTTPChannel):
             return self.taken
         waiting = fcntl.ioctl(self.socket, SIOCOUTQ, bytes(4))
         return self.taken - int.from_bytes(waiting, sys.byteorder)
-
-    def send_continue(self):
-        if self.held is None:
-            super().send_continue()
-        else:
-            self.owes_continue = True
 
     def readable(self):
         # One that waits is read as well, or nobody would notice that its client left.
@@ -5226,13 +5219,13 @@ class Channel(HTTPChannel):
                         self.since = self.request.began_at
                 read = self.request.received(self.behind)
                 self.behind = self.behind[read:]
-                is_asked = self.request.expect_continue and self.request.headers_finished
-                if is_asked and not self.sent_continue:
-                    self.send_continue()
                 if self.request.completed:
                     self.requests.append(self.request)
-                    self.request, self.sent_continue = None, False
+                    self.request = None
                     self.server.add_task(self)
+            # Not before the answer that is held: let_go() comes here again.
+            if self.request and self.request.expect_continue and self.held is None:
+                self.send_continue()
 
     def is_too_slow(self, at):
         """Whether it has held on to its connection too long. Called each second."""
