@@ -5297,9 +5297,9 @@ class Server(TcpWSGIServer):
         self.thread = None  # that serves the rounds, once it does
         self.lanes = {}
         for lane, threads in LANES.items():
-            self.lanes[lane] = ThreadedTaskDispatcher()
-            self.lanes[lane].queue = FairQueue()
-            self.lanes[lane].set_thread_count(threads)
+            dispatcher = self.lanes[lane] = ThreadedTaskDispatcher()
+            dispatcher.queue = FairQueue()
+            dispatcher.set_thread_count(threads)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
             app,
