@@ -4679,7 +4679,8 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     retry stores nothing more. The text may also come as text/plain, the other fields then in the
     query string. To one other person: 100 at once, then one a second.
     """
-    if isinstance(recipient, list):
+    is_list = isinstance(recipient, list)
+    if is_list:
         # So many copies to be split.
         leave_round("patient")
     key = read_idempotency_key()
@@ -4688,7 +4689,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
             answered = replay(db, user, request_hash, earlier)
-            return answered if isinstance(recipient, list) else answered[0]
+            return answered if is_list else answered[0]
         recipients = find_recipients(db, user, recipient, reply_to)
         refuse_for(pace.try_once(user, recipients))
         sent = [
@@ -4700,7 +4701,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
             deliveries = ",".join(delivery for _, delivery in sent)
             add_idempotency_key(db, user["id"], key, request_hash, sent[0][0], deliveries)
         messages = [find_message(db, message_id, user["id"]) for message_id, _ in sent]
-    return b"[%s]" % b",".join(messages) if isinstance(recipient, list) else messages[0]
+    return b"[%s]" % b",".join(messages) if is_list else messages[0]
 
 
 def find_recipients(db, user, recipient, reply_to):
