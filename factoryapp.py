@@ -5826,7 +5826,7 @@ def main(argv=None):
         share_files()
         arguments, home = read_settings(argv)
         check_store()
-        lock, name = None, arguments.set_password or arguments.disable
+        name = arguments.set_password or arguments.disable
         # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
         password_hash = ask_password(name) if arguments.set_password else None
         try:
