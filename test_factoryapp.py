@@ -8149,6 +8149,25 @@ def test_who_has_waited_in_a_lane_for_long_is_refused(
     assert (b"Retry-After: 5" in answers[-1]) == (status == 503)
 
 
+@pytest.mark.parametrize(
+    "before, status", [(raw("GET", "/x"), 404), (raw_post({}), 401), (raw("GET", "/health/"), 200)]
+)
+def test_who_asks_behind_another_request_whether_to_continue_is_told_after_its_answer(
+    http, before, status
+):
+    asked = raw_post({**join(http, "alice"), "Expect": "100-continue"})
+    head, _, body = asked.partition(b"\r\n\r\n")
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.sendall(before + head + b"\r\n\r\n")
+        answer = b""
+        while b" 100 Continue\r\n\r\n" not in answer:
+            answer += sock.recv(65536)
+        sock.sendall(body)
+        while not answer.endswith(b"}"):
+            answer += sock.recv(65536)
+    assert statuses(answer) == [status, 100, 201]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
 def test_addresses_take_turns_in_a_lane_whatever_one_of_them_asks(http, monkeypatch):
     may_hash, order, real = threading.Event(), [], factoryapp.check_password
