@@ -5407,6 +5407,8 @@ class Server(TcpWSGIServer):
         except sqlite3.Error as error:
             if is_begun:
                 log.error(f"a round of {len(served)} requests could not be stored: {error}")
+        # While others write for long, only the first round waits for them.
+        local.patience = SERVING_PATIENCE_SECONDS if is_begun else 0
         for channel in served:
             channel.let_go(is_stored)
         # Nothing of these has run.
@@ -5440,7 +5442,7 @@ class Server(TcpWSGIServer):
         holding = [
             channel
             for channel in self.active_channels.values()
-            if channel.total_outbufs_len or not channel.requests
+            if channel.total_outbufs_len or channel.behind or not channel.requests
         ]
         return max(holding, key=lambda channel: channel.has_held_on(at), default=None)
 

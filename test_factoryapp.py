@@ -7998,6 +7998,7 @@ HOLDING = {
         ("untaken", "idle", 9, 1),
         ("untaken", "answered", 35, 0),
         ("waits", "half", 2, 1),
+        ("waits with more", "half", 2, 0),
     ],
 )
 def test_of_all_connections_the_one_that_is_held_longest_is_closed_for_another(
@@ -8006,6 +8007,7 @@ def test_of_all_connections_the_one_that_is_held_longest_is_closed_for_another(
     monkeypatch.setattr(factoryapp.settings, "connections", 3)
     monkeypatch.setattr(factoryapp, "TAKEN_BYTES_PER_SECOND", 0)
     HOLDING["waits"] = raw("GET", "/api/messages/?wait=50", join(http, "alice"))
+    HOLDING["waits with more"] = HOLDING["waits"] + HOLDING["answered"]
     socks = []
     for kind in (first, second):
         socks.append(socket.create_connection(http.address, timeout=3))
@@ -8209,6 +8211,29 @@ def test_of_requests_that_come_at_once_one_is_read_at_a_time(http, monkeypatch, 
             assert (chunk := sock.recv(65536))
             answer += chunk
     assert statuses(answer) == [404, 401, 200] * 9 and set(counts) == {(1, None)}
+
+
+def test_only_the_first_round_waits_for_another_program_that_writes_for_long(
+    http, tmp_path, monkeypatch
+):
+    headers, waits, real = join(http, "alice"), [], factoryapp.transaction
+
+    def noted():
+        if threading.current_thread().name == "serving":
+            waits.append(factoryapp.patience())
+        return real()
+
+    monkeypatch.setattr(factoryapp, "transaction", noted)
+    socks = []
+    with another_writer(tmp_path / "factoryapp.db"):
+        for _ in range(3):
+            socks.append(socket.create_connection(http.address, timeout=5))
+            socks[-1].sendall(raw_post(headers))
+            serve_until(http, lambda: len(waits) == len(socks))
+    assert [statuses(sock.recv(65536)) for sock in socks] == [[201]] * 3
+    post(http, headers, "text")
+    post(http, headers, "text")
+    assert waits[:3] == [0.01, 0, 0] and waits[-1] == 0.01
 
 
 def test_login_and_health_are_answered_while_all_else_waits_for_another_program(http, tmp_path):
