@@ -5117,7 +5117,7 @@ class Channel(HTTPChannel):
             self.server.park(self, *parked.args)
         else:
             if self.behind:
-                self.received(b"")
+                self.server.read_on(self)
 
     def go_to(self, lane):
         """Have the request served in a lane, whose answers leave as they are made."""
@@ -5200,7 +5200,7 @@ class Channel(HTTPChannel):
         return not (self.request or self.requests or self.total_outbufs_len)
 
     def received(self, data):
-        """Read a request. What is behind it is read when that is served, by whoever served it.
+        """Read a request. What is behind it is read once that is served: see read_on().
 
         In waitress's place, which reads all: a client may send hundreds at once, hundreds of
         clients tens of thousands.
@@ -5293,6 +5293,7 @@ class Server(TcpWSGIServer):
         # A queue is no news.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self.arrived = deque()  # channels with a request to be served
+        self.unread = deque()  # channels that have sent more than was read
         self.parked = {}  # channel whose request waits for news: its user's id
         news.wake = self.wake_for_news
         self.thread = None  # that serves the rounds, once it does
@@ -5323,7 +5324,8 @@ class Server(TcpWSGIServer):
         looks_at = time.monotonic()
         while not stop.is_set():
             # Reads what there is, sends what can be sent.
-            poll(0 if self.arrived or news.user_ids else self.time_to_wait(), self._map)
+            is_busy = self.arrived or self.unread or news.user_ids
+            poll(0 if is_busy else self.time_to_wait(), self._map)
             self.end_waiting()
             self.serve_round()
             if time.monotonic() >= looks_at:
@@ -5335,9 +5337,16 @@ class Server(TcpWSGIServer):
             lane.shutdown(timeout=STOP_SECONDS / 2 / len(self.lanes))
 
     def add_task(self, channel):
-        """A channel has a request to be served. waitress calls this, on any thread."""
+        """A channel has a request to be served."""
         channel.arrived_at = time.monotonic()
         self.arrived.append(channel)
+
+    def read_on(self, channel):
+        """Have read what a channel has sent behind the request that was served, on any thread.
+
+        It is not read there: who reads may write, and so may the serving thread, without a lock.
+        """
+        self.unread.append(channel)
         self.pull_trigger()
 
     def park(self, channel, user_id, until):
@@ -5371,6 +5380,8 @@ class Server(TcpWSGIServer):
 
     def serve_round(self):
         """Serve all that arrived: reads, then all that may write in one transaction."""
+        for _ in range(len(self.unread)):
+            self.unread.popleft().received(b"")
         readers, writers = [], deque()
         for _ in range(len(self.arrived)):
             channel = self.arrived.popleft()
