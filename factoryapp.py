@@ -5183,7 +5183,7 @@ class Channel(HTTPChannel):
     def readable(self):
         # One that waits is read as well, or nobody would notice that its client left.
         is_waiting = self.waits_until is not None and len(self.behind) < self.adj.recv_bytes
-        return is_waiting or super().readable()
+        return is_waiting or (not self.behind and super().readable())
 
     def handle_close(self):
         self.server.parked.pop(self, None)

@@ -8192,6 +8192,22 @@ def test_addresses_take_turns_in_a_lane_whatever_one_of_them_asks(http, monkeypa
     assert order.index("127.0.0.2") <= 2 * factoryapp.HASHES_AT_ONCE
 
 
+def test_no_more_is_read_while_what_was_sent_behind_a_request_waits(http, monkeypatch):
+    lengths, real = [], factoryapp.Channel.service
+
+    def noted(channel):
+        lengths.append(len(channel.behind))
+        real(channel)
+
+    monkeypatch.setattr(factoryapp.Channel, "service", noted)
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.sendall(raw("GET", "/x") * 1500)
+        answer = b""
+        while len(lengths) < 1500 or answer.count(b"HTTP/1.1 404 ") < 1500:
+            answer += sock.recv(2**20)
+    assert 1000 < max(lengths) < 10_000
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 8192])
 def test_of_requests_that_come_at_once_one_is_read_at_a_time(http, monkeypatch, size):
     counts, real = [], factoryapp.Channel.service
