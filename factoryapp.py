@@ -5197,7 +5197,7 @@ class Channel(HTTPChannel):
 
     def is_idle(self):
         """Whether nothing is asked: blank lines are nothing."""
-        return not (self.request or self.requests or self.total_outbufs_len)
+        return not (self.request or self.requests or self.behind or self.total_outbufs_len)
 
     def received(self, data):
         """Read a request. What is behind it is read once that is served: see read_on().
