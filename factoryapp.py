@@ -73,8 +73,8 @@ try:
     import fcntl
     import resource
 except ModuleNotFoundError:
-    # Windows has none, and needs none.
-    resource = None
+    # Windows has neither, and needs neither.
+    fcntl = resource = None
 
 try:
     import sqlite3
@@ -5049,7 +5049,6 @@ class StrictRequest(HTTPRequestParser):
     """
 
     command = "GET"  # of what is not HTTP
-    began_at = 0
 
     def received(self, data):
         is_header = self.body_rcv is None
@@ -5175,7 +5174,7 @@ class Channel(HTTPChannel):
 
     def count_taken(self):
         """Bytes of answers that the client has, or where that is not told, the kernel has."""
-        if sys.platform != "linux":
+        if not fcntl or sys.platform != "linux":
             return self.taken
         waiting = fcntl.ioctl(self.socket, SIOCOUTQ, bytes(4))
         return self.taken - int.from_bytes(waiting, sys.byteorder)
