@@ -4025,23 +4025,6 @@ def is_slow_to_read():
     return request.content_length > LONG_BODY_BYTES or media_type() == MULTIPART
 
 
-def read_charset():
-    """The body's charset where Python knows it, else UTF-8, as the original has it."""
-    given = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", request.content_type)
-    if not given:
-        return "utf-8"
-    try:
-        name = codecs.lookup(given[1]).name
-        # Without a byte, Base64 and its like would pass for text.
-        b"\0\0\0\0".decode(name)
-    except (LookupError, UnicodeError):
-        # Or Python would keep each name that it does not know.
-        encodings._cache.clear()
-        return "utf-8"
-    # It is for host names, and takes quadratic time.
-    return "utf-8" if name == "idna" else name
-
-
 def read_body(said):
     """The fields of the request's body, JSON or a form, as the route declared them.
 
@@ -4064,7 +4047,7 @@ def read_body(said):
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
     except (MultipartError, LookupError, ValueError) as error:
-        # As in read_charset(): a part may name a charset of its own.
+        # A part may name a charset: Python would keep each name that it does not know.
         encodings._cache.clear()
         log.info(f"form refused: {error}")
         detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
@@ -4077,16 +4060,15 @@ def read_form(said, kind):
     What several values stand for is a list of them, where the field may be one, else the last.
     Raises HTTPError 400, 415 for another kind of body, ValueError, LookupError, MultipartError.
     """
-    charset = read_charset()
     if kind == MULTIPART:
         pairs = list(request.POST.allitems())
     elif kind == "application/x-www-form-urlencoded":
         body = request.body.read()
         if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return read_json(body)
-        pairs = parse_form(body.decode(charset), charset)
+        pairs = parse_form(body.decode())
     elif kind == "text/plain" and said.plain:
-        text = re.sub(r"\r?\n\Z", "", request.body.read().decode(charset))
+        text = re.sub(r"\r?\n\Z", "", request.body.read().decode())
         pairs = [*parse_form(request.query_string), (said.plain, text)]
     else:
         raise refusal(415, f'Unsupported media type "{request.content_type}" in request.')
@@ -4101,13 +4083,9 @@ def read_form(said, kind):
     return form
 
 
-def parse_form(text, charset="utf-8"):
+def parse_form(text):
     return urllib.parse.parse_qsl(
-        text,
-        keep_blank_values=True,
-        encoding=charset,
-        errors="strict",
-        max_num_fields=MAX_FORM_FIELDS,
+        text, keep_blank_values=True, errors="strict", max_num_fields=MAX_FORM_FIELDS
     )
 
 
@@ -4117,8 +4095,7 @@ def read_json(body):
     Raises HTTPError 400 in the words of Python's json, as the original does.
     """
     try:
-        text = body.decode(read_charset()).removeprefix("\ufeff")
-        value = JSON_DECODER.decode(text)
+        value = JSON_DECODER.decode(body.decode().removeprefix("\ufeff"))
     except RecursionError:
         raise refusal(400, "JSON parse error - nested too deeply") from None
     except ValueError as error:

@@ -5149,17 +5149,16 @@ def post_body(http, headers, media_type, body, path="/api/messages/"):
 
 
 @pytest.mark.parametrize(
-    "value, charset",
+    "value",
     [
-        ("при".encode("cp1251"), "utf-8"),
-        (b"\xff\xfe\0a", "utf-8"),
-        (b"cut \xd0", "utf-8"),
-        (b"surrogate \xed\xa0\xbd", "utf-8"),
-        (b"overlong \xc0\xaf", "utf-8"),
-        ("при".encode(), "ascii"),
+        "при".encode("cp1251"),
+        b"\xff\xfe\0a",
+        b"cut \xd0",
+        b"surrogate \xed\xa0\xbd",
+        b"overlong \xc0\xaf",
     ],
 )
-def test_bytes_that_are_not_in_their_charset_are_refused(http, value, charset):
+def test_bytes_that_are_not_utf_8_are_refused(http, value):
     headers = join(http, "alice")
     for media_type, body in (
         (JSON, b'{"text":"%b"}' % value),
@@ -5168,9 +5167,8 @@ def test_bytes_that_are_not_in_their_charset_are_refused(http, value, charset):
         (MULTIPART, part(value)),
         (MULTIPART, part(b"a", b"X: %b" % value)),
     ):
-        status, refused = post_body(http, headers, f"{media_type}; charset={charset}", body)
-        reason = f"parse error - '{charset}' codec can't decode byte"
-        assert status == 400 and reason in refused["detail"]
+        status, refused = post_body(http, headers, media_type, body)
+        assert status == 400 and "parse error - 'utf-8' codec can't decode" in refused["detail"]
     assert list_messages(http, headers) == []
 
 
@@ -5185,30 +5183,27 @@ def test_percent_encoded_bytes_that_are_not_utf_8_are_refused(http, value):
 @pytest.mark.parametrize(
     "media_type, body",
     [
-        (f"{JSON}; charset=windows-1251", '{"text":"Цех №4"}'.encode("cp1251")),
-        (f'{JSON};CHARSET="MacCyrillic"', '{"text":"Цех №4"}'.encode("mac-cyrillic")),
-        (f"{JSON}; charset=utf-16", '{"text":"Цех №4"}'.encode("utf-16")),
-        (f"{JSON}; charset=utf-16le", '\ufeff{"text":"Цех №4"}'.encode("utf-16le")),
-        (f"{FORM}; charset=cp1251", "text=Цех+№4".encode("cp1251")),
-        (f"{FORM}; charset=cp1251", f"text={quote('Цех №4', encoding='cp1251')}".encode()),
-        (f"{FORM}; charset=utf-16", "text=Цех+№4".encode("utf-16")),
-        (f"{FORM}; charset=cp1251", '{"text":"Цех №4"}'.encode("cp1251")),
         (f"{MULTIPART}; charset=cp1251", part("Цех №4".encode("cp1251"))),
         (MULTIPART, part("Цех №4".encode("cp1251"), b"Content-Type: text/plain; charset=cp1251")),
     ],
     ids=str,
 )
-def test_body_in_a_charset_that_it_names_is_read(http, media_type, body):
+def test_part_in_a_charset_that_it_names_is_read(http, media_type, body):
     status, message = post_body(http, join(http, "alice"), media_type, body)
     assert status == 201 and message["text"] == "Цех №4"
 
 
 @pytest.mark.parametrize(
-    "charset", ["nonsense", "", "..", "hex", "base64", "rot13", "idna", "punycode", "undefined"]
+    "charset", ["utf-8", '"UTF-8"', "us-ascii", "iso-8859-1", "cp1251", "nonsense", "", "..", "hex"]
 )
-def test_body_in_what_is_no_charset_is_utf_8(http, charset):
+def test_body_is_utf_8_whatever_charset_it_names(http, charset):
     headers = join(http, "alice")
-    for media_type, body in ((JSON, '{"text":"я"}'), (FORM, "text=я"), (FORM, "text=%d1%8f")):
+    for media_type, body in (
+        (JSON, '{"text":"я"}'),
+        (FORM, "text=я"),
+        (FORM, "text=%d1%8f"),
+        ("text/plain", "я"),
+    ):
         media_type = f"{media_type}; charset={charset}"
         assert post_body(http, headers, media_type, body.encode())[1]["text"] == "я"
 
@@ -5272,13 +5267,10 @@ def test_plain_text_is_a_message_as_it_is_but_for_its_final_line_break(http, bod
         assert (status, message["text"], message["recipient"]) == (201, text, "alice")
 
 
-@pytest.mark.parametrize("charset", ["cp1251", "utf-16", "koi8-r", "utf-8", '"UTF-8"'])
-def test_plain_text_in_a_charset_that_it_names_is_read_and_its_query_as_utf_8(http, charset):
-    anna, body = join(http, "Анна"), "Цех №4\n" if charset != "koi8-r" else "Цех 4\n"
+def test_query_beside_a_plain_text_is_read_as_utf_8(http):
     path = f"/api/messages/?recipient={quote('Анна')}&text=no&x=y"
-    media_type = f"text/plain; charset={charset}"
-    status, message = post_body(http, anna, media_type, body.encode(charset.strip('"')), path)
-    assert (status, message["text"], message["recipient"]) == (201, body[:-1], "Анна")
+    status, message = post_body(http, join(http, "Анна"), "text/plain", "Цех №4\n".encode(), path)
+    assert (status, message["text"], message["recipient"]) == (201, "Цех №4", "Анна")
 
 
 def test_other_fields_of_a_plain_text_are_in_its_query(http, clock):
