@@ -12,7 +12,7 @@ One message's journey:
 
 Threads: the serving thread reads every request and serves most. Those of the lanes take what would
 hold it up (LANES), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
-one sees to the upkeep, one ends in portions what is left over or too old. They share the database,
+one sees to the upkeep, one forgets what is old. They share the database,
 `turns`, `news`, what is known of the bot, and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
@@ -159,6 +159,8 @@ MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
 MESSAGES_AT_ONCE = 100  # to one other person, then one a second
+MAX_QUEUED = 2000  # messages to one person: a queue is moved or given up in one transaction
+QUEUE_FULL_SECONDS = 60  # until their sender may try again
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
 WAIT_SECONDS = 50  # nginx gives up at 60
@@ -1481,6 +1483,20 @@ def list_rows(db, listing, page):
     return rows.execute(listing.rows, page)
 
 
+def is_queue_full(db, sender_id, recipient_id):
+    """Whether as many messages of one to the other wait to be sent as may."""
+    last = db.one(
+        """
+        SELECT 1 FROM messages WHERE sender_id = ? AND recipient_id = ? AND delivery = 'queued'
+        LIMIT 1 OFFSET ?
+        """,
+        sender_id,
+        recipient_id,
+        MAX_QUEUED - 1,
+    )
+    return last is not None
+
+
 def cancel_message(db, message_id):
     """Nothing more of it is sent. False when that is too late for the recipient's copy."""
     users = db.run(
@@ -1622,83 +1638,29 @@ def add_delivery(db, chat, text, message_id, is_own_copy, is_last, silent, send_
     db.queued_for.add(tuple(chat))
 
 
-def add_leftover(db, chat, to_chat, reason):
-    """What is queued for a chat now is moved to another, or given up for this reason (None, None).
-
-    So is what was on its way there.
-    """
-    db.run(
+def list_queue(db, chat):
+    """The ids of the deliveries that are queued for a chat."""
+    rows = db.run(
         """
-        UPDATE leftovers SET to_bot_id = ?, to_chat_id = ?, reason = ?
-        WHERE to_bot_id = ? AND to_chat_id = ?
-        """,
-        *to_chat,
-        reason,
-        *chat,
-    )
-    # There and back.
-    db.run("DELETE FROM leftovers WHERE bot_id = to_bot_id AND chat_id = to_chat_id")
-    db.run(
-        """
-        INSERT INTO leftovers (bot_id, chat_id, to_bot_id, to_chat_id, reason, last_id)
-        SELECT ?1, ?2, ?3, ?4, ?5, coalesce(max(id), 0) FROM outbox
-        WHERE bot_id = ?1 AND chat_id = ?2 AND given_up_at IS NULL
+        SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
+        ORDER BY send_at, id
         """,
         *chat,
-        *to_chat,
-        reason,
-    )
-
-
-def find_leftover(db, bot_id=None, chat_id=None):
-    """The oldest of this chat that is not done with, else of any, or None.
-
-    Of any: else one who leaves much, again and again, would hold up all others.
-    """
-    return db.one(
-        """
-        SELECT *, min(id) FROM leftovers GROUP BY bot_id, chat_id
-        ORDER BY bot_id = ? AND chat_id = ? DESC, random() LIMIT 1
-        """,
-        bot_id,
-        chat_id,
-    )
-
-
-def list_leftover(db, leftover):
-    """The ids of some of its deliveries, those first that would be sent first."""
-    rows = db.execute(
-        """
-        SELECT id FROM outbox WHERE bot_id = :bot_id AND chat_id = :chat_id
-            AND given_up_at IS NULL AND id <= :last_id
-        ORDER BY send_at, id LIMIT :most
-        """,
-        {**leftover, "most": PORTION_ROWS},
     )
     return [row["id"] for row in rows]
 
 
-def set_undelivered(db, leftover_id, undelivered):
-    db.run("UPDATE leftovers SET undelivered = ? WHERE id = ?", undelivered, leftover_id)
-
-
-def delete_leftover(db, leftover):
-    """It is done with: its chats may be sent to again."""
-    db.run("DELETE FROM leftovers WHERE id = ?", leftover["id"])
-    for end in ("", "to_"):
-        db.queued_for.add((leftover[end + "bot_id"], leftover[end + "chat_id"]))
-
-
-def move_deliveries(db, ids, bot_id, chat_id):
-    """These are queued for another chat from now on."""
+def move_queue(db, chat, to_chat):
+    """What is queued for a chat is queued for another from now on."""
     db.run(
         """
-        UPDATE outbox SET bot_id = ?, chat_id = ? WHERE id IN (SELECT value FROM json_each(?))
+        UPDATE outbox SET bot_id = ?, chat_id = ?
+        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         """,
-        bot_id,
-        chat_id,
-        ids,
+        *to_chat,
+        *chat,
     )
+    db.queued_for.add(to_chat)
 
 
 def list_queues(db, bot_id):
@@ -1723,11 +1685,21 @@ def list_queues(db, bot_id):
     return [(chat_id, Again(seconds, why)) for chat_id, seconds, why in queues]
 
 
-def find_head(db, bot_id, chat_id):
-    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said.
+def list_due(db, bot_id):
+    """The ids of the chats in which something is to be sent by now."""
+    rows = db.run(
+        """
+        SELECT DISTINCT chat_id FROM outbox
+        WHERE bot_id = ?1 AND given_up_at IS NULL AND send_at <= ?2 AND due_at <= ?2
+        """,
+        bot_id,
+        now(),
+    )
+    return [row["chat_id"] for row in rows]
 
-    Or while some of it is still to be moved, away or here, or given up.
-    """
+
+def find_head(db, bot_id, chat_id):
+    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
     return db.one(
         """
         SELECT id, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at,
@@ -1738,9 +1710,7 @@ def find_head(db, bot_id, chat_id):
                 ON relayed.message_id = m.reply_to
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
                 AND relayed.chat_id = outbox.chat_id AND outbox.send_at >= 0) AS replied_id
-        FROM outbox WHERE bot_id = ?1 AND chat_id = ?2 AND given_up_at IS NULL
-            AND NOT EXISTS (SELECT 1 FROM leftovers
-                WHERE (bot_id = ?1 AND chat_id = ?2) OR (to_bot_id = ?1 AND to_chat_id = ?2))
+        FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
         ORDER BY send_at, id LIMIT 1
         """,
         bot_id,
@@ -2099,47 +2069,28 @@ class Pace:
 pace = Pace()
 
 
+def wait_to_send(db, sender, recipients):
+    """Count a message to each of these. Returns 0, or the seconds to wait before they may be sent.
+
+    Then nothing counts.
+    """
+    if any(is_queue_full(db, sender["id"], to["id"]) for to in recipients):
+        return QUEUE_FULL_SECONDS
+    return pace.try_once(sender, recipients)
+
+
 def link_chat(db, chat, user_id, token):
     """The chat speaks for this user from now on. What is queued for an earlier chat moves here."""
     earlier_chat = find_chat(db, user_id)
     if earlier_chat and tuple(earlier_chat) != chat:
-        leave_queue(db, earlier_chat, chat)
+        move_queue(db, earlier_chat, chat)
     set_chat(db, chat, user_id, token)
 
 
 def unlink_chat(db, chat, reason):
     """The chat speaks for nobody from now on, and what is queued for it is given up."""
     delete_chat(db, chat)
-    leave_queue(db, chat, reason=reason)
-
-
-def leave_queue(db, chat, to_chat=(None, None), reason=""):
-    """What is queued for a chat moves to another, or is given up: much of it in portions."""
-    add_leftover(db, chat, to_chat, reason)
-    settle_leftover(db, *chat)
-
-
-def settle_leftover(db, *chat):
-    """See to some of what is left of a queue, of this chat's first.
-
-    Who sent what is given up is told at its end, once.
-    """
-    leftover = find_leftover(db, *chat)
-    if not leftover:
-        return
-    ids, undelivered = list_leftover(db, leftover), Counter()
-    for sender_id, recipient_id, count in json.loads(leftover["undelivered"]):
-        undelivered[sender_id, recipient_id] = count
-    if leftover["to_chat_id"] is None:
-        undelivered += set_failed(db, leftover["reason"], ids)
-    else:
-        move_deliveries(db, ids, leftover["to_bot_id"], leftover["to_chat_id"])
-    if len(ids) == PORTION_ROWS:
-        counts = [[*users, count] for users, count in undelivered.items()]
-        set_undelivered(db, leftover["id"], counts)
-    else:
-        delete_leftover(db, leftover)
-        tell_senders(db, undelivered)
+    tell_senders(db, set_failed(db, reason, list_queue(db, chat)))
 
 
 def give_up(db, reason, delivery_id):
@@ -2366,23 +2317,16 @@ def forget():
 
 
 def run_tidying(stop):
-    """Do in portions what would hold up everybody, until told to stop.
-
-    What is left of queues as it comes, what is to be forgotten each hour.
-    """
+    """Forget each hour what is old, in portions, until told to stop."""
     steps, search_at = (), 0
     while not stop.is_set():
         is_done = False
         try:
             if ticks() >= search_at:
                 steps, search_at = forget(), ticks() + FORGET_SECONDS
-            if find_leftover(connection()):
-                with transaction() as db:
-                    settle_leftover(db)
-            else:
-                is_done = next(steps, True)
+            is_done = next(steps, True)
         except sqlite3.Error as error:
-            log.error(f"what is old or left over could not be seen to: {error}")
+            log.error(f"what is old could not be forgotten: {error}")
             is_done = True
         stop.wait(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS)
 
@@ -2493,7 +2437,7 @@ def note(db, chat, user, text, message):
     recipient, reply_to = find_addressee(db, chat, user, message)
     if not recipient:
         return NO_SUCH_NUMBER if isinstance(message, int) else UNKNOWN_REPLY
-    if wait := pace.try_once(user, [recipient]):
+    if wait := wait_to_send(db, user, [recipient]):
         return TOO_FAST.format(seconds=wait, **recipient)
     _, delivery = relay(db, user, recipient, text, "telegram", reply_to=reply_to)
     if delivery == "unlinked":
@@ -2549,7 +2493,7 @@ def press(db, bot_id, query):
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
         return TOO_LATE
-    if wait := pace.try_once(user, [choice]):
+    if wait := wait_to_send(db, user, [choice]):
         return TOO_FAST.format(seconds=wait, **choice)
     message_id = int(numbers[1])
     set_chosen(db, message_id)
@@ -4668,7 +4612,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
             answered = replay(db, user, request_hash, earlier)
             return answered if is_list else answered[0]
         recipients = find_recipients(db, user, recipient, reply_to)
-        refuse_for(pace.try_once(user, recipients))
+        refuse_for(wait_to_send(db, user, recipients))
         sent = [
             relay(db, user, to, text, "api", bool(silent), send_at or 0, reply_to, choices)
             for to in recipients

@@ -101,6 +101,7 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
 CREATE INDEX IF NOT EXISTS messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
+CREATE INDEX IF NOT EXISTS messages_queued ON messages (sender_id, recipient_id) WHERE delivery = 'queued';
 CREATE INDEX IF NOT EXISTS messages_by_sender_delivery ON messages (sender_id, delivery);
 CREATE INDEX IF NOT EXISTS messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE recipient_id <> sender_id;
 

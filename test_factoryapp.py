@@ -1775,7 +1775,7 @@ def test_forgetting_goes_on_after_a_failure(http, clock, monkeypatch, caplog):
     with monkeypatch.context() as failing:
         failing.setattr(factoryapp.settings, "db", "/nowhere/factoryapp.db")
         assert forget(1, monkeypatch) == factoryapp.UPKEEP_SECONDS
-    assert "could not be seen to" in errors(caplog)[0] and count("messages") == 1
+    assert "could not be forgotten" in errors(caplog)[0] and count("messages") == 1
     forget(1, monkeypatch)
     assert count("messages") == 0
 
@@ -2719,6 +2719,29 @@ def test_message_to_several_goes_to_none_while_it_is_too_fast_for_one(http, monk
     assert post_statuses(http, alice, 1, "carol") == [201]  # nothing of those counted
 
 
+def test_while_as_much_waits_for_somebody_as_may_no_more_is_taken_for_them(
+    http, telegram, bot_api, clock, monkeypatch, pair
+):
+    monkeypatch.setattr(factoryapp, "MAX_QUEUED", 2)
+    alice, bob = pair
+    bot_api.failures[8].append(RETRY_AFTER_9)
+    assert post_statuses(http, alice, 2, "bob") == [201] * 2
+    deliver_all(telegram)
+    sent = {"text": "text", "recipient": ["alice", "bob"]}
+    refused = http.post_json("/api/messages/", sent, headers=alice, status=429)
+    assert refused.headers["Retry-After"] == "60"
+    assert (
+        post_statuses(http, alice, 1, "alice") + post_statuses(http, bob, 1, "alice") == [201] * 2
+    )
+    deliver_all(telegram)
+    from_bob = copies(bot_api, 7, "Сообщение от bob")[-1]
+    too_fast = factoryapp.TOO_FAST.format(username="bob", seconds=60)
+    assert say(telegram, bot_api, 7, "text", reply_to=from_bob) == [too_fast]
+    clock.move(9)
+    deliver_all(telegram)
+    assert post_statuses(http, alice, 1, "bob") == [201]
+
+
 def test_memory_for_paces_is_bounded(http, monkeypatch):
     monkeypatch.setattr(factoryapp, "THROTTLE_KEYS", 2)
     monkeypatch.setattr(factoryapp, "MESSAGES_AT_ONCE", 1)
@@ -2790,15 +2813,9 @@ def block(http, telegram, bot_api, bob):
     bot_api.failures[8].append(BLOCKED)
 
 
-def tidy_once():
-    with factoryapp.transaction() as db:
-        factoryapp.settle_leftover(db)
-
-
 @pytest.fixture
-def much(http, clock, monkeypatch, pair):
-    """Alice, whose chat is 7, and Bob, for whose chat 8 more is queued than a portion."""
-    monkeypatch.setattr(factoryapp, "PORTION_ROWS", 2)
+def much(http, clock, pair):
+    """Alice, whose chat is 7, and Bob, for whose chat 8 messages of hers are queued."""
     for n in range(5):
         post(http, pair[0], f"text {n}", recipient="bob")
     return pair
@@ -2811,39 +2828,24 @@ def numbers(bot_api, chat_id):
 
 @pytest.mark.parametrize("give_up", [stop_bot, unlink, block])
 def test_chat_that_is_left_with_much_is_gone_at_once_and_its_senders_are_told_once(
-    http, telegram, bot_api, monkeypatch, much, give_up
+    http, telegram, bot_api, much, give_up
 ):
     alice, bob = much
     give_up(http, telegram, bot_api, bob)
     deliver_all(telegram)
     assert post(http, alice, "late", recipient="bob")["delivery"] == "unlinked"
-    reopen_turns(telegram)  # killed between two portions
+    reopen_turns(telegram)
     deliver_all(telegram)
-    assert cancel(http, alice, 5) == 200
-    forget(0, monkeypatch)
-    deliver_all(telegram)
+    assert cancel(http, alice, 5) == 409
     assert numbers(bot_api, 8) == []
-    assert [m["delivery"] for m in list_messages(http, alice)][:5] == ["failed"] * 4 + ["cancelled"]
+    assert [m["delivery"] for m in list_messages(http, alice)][:5] == ["failed"] * 5
     assert [text for text in bot_api.texts(7) if "Не доставлено" in text] == [
-        factoryapp.NOT_DELIVERED.format(username="bob", count=4)
+        factoryapp.NOT_DELIVERED.format(username="bob", count=5)
     ]
 
 
-def test_what_another_process_left_when_it_disabled_an_account_is_seen_to(
-    http, telegram, bot_api, monkeypatch, tmp_path, pair
-):
-    later = factoryapp.iso(factoryapp.now() + 3600)
-    for _ in range(52):
-        post(http, pair[0], "слово " * 2700, recipient="bob", send_at=later)
-    assert administer(tmp_path, "--disable", "bob")[0] == 0
-    assert {m["delivery"] for m in list_messages(http, pair[0])} == {"failed", "queued"}
-    forget(0, monkeypatch)
-    deliver_all(telegram)
-    assert bot_api.texts(7) == [factoryapp.NOT_DELIVERED.format(username="bob", count=52)]
-
-
 def test_chat_that_was_left_and_is_linked_again_gets_what_is_new_and_nothing_old(
-    http, telegram, bot_api, monkeypatch, much
+    http, telegram, bot_api, much
 ):
     alice, bob = much
     unlink(http, telegram, bot_api, bob)
@@ -2851,69 +2853,19 @@ def test_chat_that_was_left_and_is_linked_again_gets_what_is_new_and_nothing_old
     telegram.poll()
     post(http, alice, "text 9", recipient="bob")
     deliver_all(telegram)
-    assert numbers(bot_api, 8) == []
-    forget(0, monkeypatch)
-    deliver_all(telegram)
     assert numbers(bot_api, 8) == [9]
 
 
-@pytest.mark.parametrize("portions", [0, 1])
 @pytest.mark.parametrize("chats", [[9], [9, 10], [9, 8], [9, 10, 8], [9, 8, 9]])
-def test_much_moves_to_the_last_of_the_new_chats_in_order(
-    http, telegram, bot_api, monkeypatch, much, chats, portions
-):
+def test_much_moves_to_the_last_of_the_new_chats_in_order(http, telegram, bot_api, much, chats):
     alice, bob = much
     for chat_id in chats:
         bot_api.write(chat_id, link_token(http, bob))
         telegram.poll()
-        for _ in range(portions):
-            tidy_once()
     post(http, alice, "text 9", recipient="bob")
-    # Killed between two portions.
-    reopen_turns(telegram)
-    deliver_all(telegram)
-    forget(0, monkeypatch)
     deliver_all(telegram)
     assert numbers(bot_api, chats[-1]) == [0, 1, 2, 3, 4, 9]
     assert {chat for chat, text in bot_api.sent if "text" in text} == {7, chats[-1]}
-
-
-def test_portion_that_moves_takes_no_turn_from_other_chats(http, telegram, bot_api, much):
-    bot_api.write(9, link_token(http, much[1]))
-    telegram.poll()
-    deliver_all(telegram)
-    tidy_once()
-    assert factoryapp.turns.take() is None
-    tidy_once()
-    assert {factoryapp.turns.take() for _ in range(2)} == {8, 9}
-
-
-def test_who_leaves_little_does_not_wait_for_who_leaves_much(http, telegram, bot_api, much):
-    alice, bob = much
-    deliver_all(telegram)
-    for n in range(50):
-        post(http, bob, f"text {n}")
-    unlink(http, telegram, bot_api, bob)
-    for _ in range(6):
-        post(http, alice, "mine")
-        unlink(http, telegram, bot_api, alice)
-        assert list_messages(http, alice)[-1]["delivery"] == "failed"
-        link_chat(http, telegram, bot_api, alice, 7)
-    assert list_messages(http, bob)[-1]["delivery"] == "queued"
-
-
-def test_who_leaves_much_again_and_again_does_not_hold_up_others(http, telegram, bot_api, much):
-    alice, bob = much
-    for n in range(4):
-        post(http, alice, f"mine {n}")
-    unlink(http, telegram, bot_api, bob)
-    unlink(http, telegram, bot_api, alice)
-    for _ in range(200):
-        with factoryapp.transaction() as db:
-            # As much again.
-            db.execute("UPDATE outbox SET given_up_at = NULL WHERE chat_id = 8")
-            factoryapp.settle_leftover(db)
-    assert list_messages(http, alice)[-1]["delivery"] == "failed"
 
 
 @pytest.mark.parametrize(
