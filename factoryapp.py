@@ -123,12 +123,15 @@ TOKENS_REMEMBERED = 2000
 KEY_PREFIX = "fa_"
 KEYS = 50  # of one user
 SCRYPT = {"n": 2**15, "r": 8, "p": 3}  # OWASP's cheat sheet: 32 MiB, about 170 ms
-HASHES_AT_ONCE = 2
-THROTTLE_WINDOW_SECONDS = 5 * 60
-LOGIN_FAILURES_PER_NAME = 10  # from one address, in the window
-LOGIN_FAILURES_PER_ADDRESS = 100
-REGISTRATIONS_PER_ADDRESS = 100
-THROTTLE_KEYS = 10_000  # that are remembered
+HASHES_AT_ONCE = 2  # for logins; one more for a registration
+# Limits: so many at once, then one in so many seconds.
+LOGIN_FAILURES_PER_NAME = 10, 30  # from one address
+LOGIN_FAILURES_PER_ADDRESS = 100, 3
+REGISTRATIONS_PER_ADDRESS = 100, 3
+MESSAGES_TO_ANOTHER = 100, 1
+TEXT_ONLY_ANSWERS = 1, 5  # in a chat
+GROUP_ANSWERS = 1, 30 * 24 * 3600  # that linking is for private chats
+LIMITER_KEYS = 10_000  # that are remembered
 
 # What clients send. The MAX_ lengths are code points.
 MAX_USERNAME = 150
@@ -158,7 +161,6 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
-MESSAGES_AT_ONCE = 100  # to one other person, then one a second
 MAX_QUEUED = 2000  # messages to one person: a queue is moved or given up in one transaction
 QUEUE_FULL_SECONDS = 60  # until their sender may try again
 MAX_CHOICES = 8
@@ -196,7 +198,6 @@ REFUSALS = 3  # in a row, of as many chats, after which all wait
 FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
 FAILING_SECONDS = 3600
 MISSING_SECONDS = 600  # until "chat not found" is believed
-TEXT_ONLY_SECONDS = 5  # that is said once in a chat
 HEARD_SECONDS = 3 * 24 * 3600
 UPDATE_TRIES = 3
 UPKEEP_SECONDS = 1  # between two rounds of it, or longer if they take long
@@ -248,7 +249,7 @@ def now():
 
 
 def ticks():
-    """Seconds that only go forward, for pauses and paces: the clock may be set back."""
+    """Seconds that only go forward, for pauses and limits: the clock may be set back."""
     return time.monotonic()
 
 
@@ -1280,28 +1281,7 @@ def find_chat_user(db, chat):
     )
 
 
-def add_told_group(db, chat):
-    """True the first time, False when the group has been told before."""
-    return db.changes(
-        "INSERT INTO told_groups (bot_id, chat_id) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        *chat,
-    )
-
-
-def move_told_group(db, bot_id, old_chat_id, chat_id):
-    """The group has another id now: what it was told, it was."""
-    db.run(
-        """
-        INSERT OR IGNORE INTO told_groups (bot_id, chat_id)
-        SELECT bot_id, ? FROM told_groups WHERE bot_id = ? AND chat_id = ?
-        """,
-        chat_id,
-        bot_id,
-        old_chat_id,
-    )
-
-
-def add_heard(db, chat, message_id, text, album):
+def add_heard(db, chat, message_id, text):
     """True the first time that a message is heard; some heard long ago are forgotten."""
     db.run(
         """
@@ -1312,31 +1292,13 @@ def add_heard(db, chat, message_id, text, album):
     )
     return db.changes(
         """
-        INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash, album)
-        VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+        INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash)
+        VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
         """,
         *chat,
         message_id,
         now(),
         sha256(text) if text else None,
-        album,
-    )
-
-
-def set_told_text_only(db, chat, message_id):
-    """Note that the chat is told so. False when it was a moment ago, or for the same album."""
-    return db.changes(
-        """
-        UPDATE heard AS this SET was_told = 1
-        WHERE bot_id = ? AND chat_id = ? AND message_id = ? AND NOT EXISTS (
-            SELECT 1 FROM heard AS that
-            WHERE that.bot_id = this.bot_id AND that.chat_id = this.chat_id AND that.was_told
-            AND (abs(that.heard_at - ?) < ? OR that.album = this.album))
-        """,
-        *chat,
-        message_id,
-        now(),
-        TEXT_ONLY_SECONDS,
     )
 
 
@@ -1949,42 +1911,46 @@ def read_access_token(token):
     return claims
 
 
-class Throttle:
-    """What was tried in the last minutes, by key; of one key only so much.
+class Limiter:
+    """Limits tries by key: some at once, then one in so many seconds (GCRA, as in ATM networks).
 
-    The longest untouched are forgotten first.
+    Forgets the keys that were not used for longest.
     """
 
     def __init__(self):
-        self.tries = OrderedDict()  # key: times in ticks, the newest last
+        self.spent_until = OrderedDict()  # key: ticks
         self.lock = threading.Lock()
 
     def try_once(self, limits):
-        """0, and the try counts; or the seconds to wait before it. `limits` is {key: how many}."""
+        """Count a try for each key. Returns 0, or the seconds to wait: then none was counted.
+
+        `limits` is {key: (tries at once, seconds for one more)}.
+        """
         with self.lock:
-            wait = 0
-            for key, limit in limits.items():
-                times = self.tries.setdefault(key, deque(maxlen=limit))
-                self.tries.move_to_end(key)
-                if len(times) == limit:
-                    wait = max(wait, times[0] + THROTTLE_WINDOW_SECONDS - ticks())
-            if wait <= 0:
-                for key in limits:
-                    self.tries[key].append(ticks())
-            while len(self.tries) > THROTTLE_KEYS:
-                self.tries.popitem(last=False)
-            return wait
+            at, spent, wait = ticks(), {}, 0
+            for key, (most, seconds) in limits.items():
+                spent[key] = max(0, self.spent_until.get(key, 0) - at) + seconds
+                wait = max(wait, spent[key] - most * seconds)
+            # Rounded: the sums are not exact.
+            if wait := math.ceil(round(wait, 3)):
+                return wait
+            for key, seconds in spent.items():
+                self.spent_until[key] = at + seconds
+                self.spent_until.move_to_end(key)
+            while len(self.spent_until) > LIMITER_KEYS:
+                self.spent_until.popitem(last=False)
+        return 0
 
     def forgive(self, of_name, of_address):
-        """The right password was given: earlier tries were typing errors, and this one was none."""
+        """Take back the failed logins of a name, and this try of its address, which was right."""
         with self.lock:
-            self.tries.pop(of_name, None)
-            if times := self.tries.get(of_address):
-                times.pop()
+            self.spent_until.pop(of_name, None)
+            if of_address in self.spent_until:
+                self.spent_until[of_address] -= LOGIN_FAILURES_PER_ADDRESS[1]
 
 
-# Of failed logins, and of registrations.
-login_throttle, registrations = Throttle(), Throttle()
+login_limiter, registration_limiter = Limiter(), Limiter()
+message_limiter, text_only_limiter, group_limiter = Limiter(), Limiter(), Limiter()
 
 
 # --- Outbox ---------------------------------------------------------------------------------------
@@ -2038,45 +2004,12 @@ def relay(
     return message_id, delivery
 
 
-class Pace:
-    """How much each person sent lately to each other: so much at once, then one a second.
-
-    Counted by GCRA, as ATM networks do. The longest untouched are forgotten first.
-    """
-
-    def __init__(self):
-        self.paid_until = OrderedDict()  # (sender id, recipient id): ticks
-        self.lock = threading.Lock()
-
-    def try_once(self, sender, recipients):
-        """0, and a message to each of these counts; or the seconds to wait before they may be."""
-        pairs = [(sender["id"], to["id"]) for to in recipients if to["id"] != sender["id"]]
-        if not pairs:
-            return 0
-        with self.lock:
-            paid = {pair: 1 + max(ticks(), self.paid_until.get(pair, 0)) for pair in pairs}
-            wait = max(paid.values()) - ticks() - MESSAGES_AT_ONCE
-            if wait > 0:
-                return math.ceil(wait)
-            for pair, until in paid.items():
-                self.paid_until[pair] = until
-                self.paid_until.move_to_end(pair)
-            while len(self.paid_until) > THROTTLE_KEYS:
-                self.paid_until.popitem(last=False)
-        return 0
-
-
-pace = Pace()
-
-
 def wait_to_send(db, sender, recipients):
-    """Count a message to each of these. Returns 0, or the seconds to wait before they may be sent.
-
-    Then nothing counts.
-    """
+    """Count a message to each. Returns 0, or the seconds to wait: then none was counted."""
     if any(is_queue_full(db, sender["id"], to["id"]) for to in recipients):
         return QUEUE_FULL_SECONDS
-    return pace.try_once(sender, recipients)
+    others = [to["id"] for to in recipients if to["id"] != sender["id"]]
+    return message_limiter.try_once({(sender["id"], to): MESSAGES_TO_ANOTHER for to in others})
 
 
 def link_chat(db, chat, user_id, token):
@@ -2537,23 +2470,22 @@ def hear_once(db, chat, message, update_id):
     text, message_id = pick(message, "text", str), pick(message, "message_id", int) or -update_id
     if text is None and not any(map(message.get, MEDIA)):
         return
-    album = pick(message, "media_group_id", str)
-    if not add_heard(db, chat, message_id, text, album):
+    if not add_heard(db, chat, message_id, text):
         return
     if text is not None:
         hear(db, chat, text, message)
-    elif set_told_text_only(db, chat, message_id):
+    elif not text_only_limiter.try_once({chat: TEXT_ONLY_ANSWERS}):
         queue_text(db, chat, TEXT_ONLY)
 
 
 def overhear(db, chat, chat_type, kind, message):
     """Take in what is said in a group or channel: a link token that others see is dead.
 
-    A group is told once, in the topic, that linking is for private chats; a channel nothing.
+    A group is told in the topic that linking is for private chats, once a month; a channel nothing.
     """
-    bot_id, chat_id = chat
-    move_told_group(db, bot_id, pick(message, "migrate_from_chat_id", int), chat_id)
-    move_told_group(db, bot_id, chat_id, pick(message, "migrate_to_chat_id", int))
+    if pick(message, "migrate_from_chat_id", int):
+        # It was told before it became a supergroup.
+        group_limiter.try_once({chat: GROUP_ANSWERS})
     text, caption = pick(message, "text", str), pick(message, "caption", str) or ""
     entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
     tokens = SHOWN_TOKEN.findall(show_links(text or caption, entities))[:SHOWN_TOKENS]
@@ -2565,7 +2497,7 @@ def overhear(db, chat, chat_type, kind, message):
     if "reply_to_message" in message and not pick(message, "is_topic_message", bool):
         # A thread of replies, not a topic.
         thread_id = None
-    is_first = add_told_group(db, chat)
+    is_first = not group_limiter.try_once({chat: GROUP_ANSWERS})
     if seen or is_first:
         queue_text(db, chat, TOKEN_SEEN if seen else PRIVATE_ONLY, thread_id=thread_id)
 
@@ -3378,9 +3310,8 @@ def refusal(status, detail, **headers):
 def refuse_for(wait):
     """Refuse the request for so many seconds, if any. Raises HTTPError 429."""
     if wait:
-        seconds = str(math.ceil(wait))
-        detail = f"Request was throttled. Expected available in {seconds} seconds."
-        raise refusal(429, detail, Retry_After=seconds)
+        detail = f"Request was throttled. Expected available in {wait} seconds."
+        raise refusal(429, detail, Retry_After=str(wait))
 
 
 # What we answer is nobody else's, and nothing but what it says it is.
@@ -3604,8 +3535,8 @@ def client_address():
     return address
 
 
-def throttle_key():
-    """The client's address as throttles count it: who has one in an IPv6 /64 has them all."""
+def limiter_key():
+    """Return the client's address as limits count it: who has one in an IPv6 /64 has them all."""
     address = read_address(client_address())
     return int(address) >> 64 if address.version == 6 else str(address)
 
@@ -3693,7 +3624,7 @@ def may_register():
     if settings.registration == "closed":
         raise refusal(403, "Registration is closed: ask whoever runs this server.")
     sign_in()
-    refuse_for(registrations.try_once({throttle_key(): REGISTRATIONS_PER_ADDRESS}))
+    refuse_for(registration_limiter.try_once({limiter_key(): REGISTRATIONS_PER_ADDRESS}))
 
 
 # The route gets the signed-in user first.
@@ -4316,8 +4247,8 @@ def show_health():
 def register(username, password):
     """Make an account.
 
-    Anybody may, unless whoever runs the server has closed registration: 403. From one address 100
-    tries count in 5 minutes.
+    Anybody may, unless whoever runs the server has closed registration: 403. From one address: 100
+    tries at once, then one in 3 seconds.
     """
     # Refused before the hash: or each of many tries would take its time.
     if is_taken(connection(), username):
@@ -4332,15 +4263,15 @@ def register(username, password):
 
 def check_password(username, password, password_hash):
     """Whether the password is right. Raises HTTPError 429 once this address guessed too often."""
-    address = throttle_key()
+    address = limiter_key()
     limits = {
         (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
         address: LOGIN_FAILURES_PER_ADDRESS,
     }
-    refuse_for(login_throttle.try_once(limits))
+    refuse_for(login_limiter.try_once(limits))
     is_right = password_matches(password, password_hash)
     if is_right:
-        login_throttle.forgive(*limits)
+        login_limiter.forgive(*limits)
     return is_right
 
 
