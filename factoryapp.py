@@ -12,8 +12,8 @@ One message's journey:
 
 Threads: the serving thread reads every request and serves most. Those of the lanes take what would
 hold it up (LANES), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
-one sees to the upkeep, one forgets what is old. They share the database,
-`turns`, `news`, what is known of the bot, and the event that stops them, nothing else.
+one sees to the upkeep. They share the database, `turns`, `news`, what is known of the bot, and the
+event that stops them, nothing else.
 
 Rooms, each using only those above it:
   Settings  what can be set, and every limit      Page     what GET / answers
@@ -64,8 +64,8 @@ from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, lru_cache, partial
-from heapq import heapify, heappop, heappush
+from functools import cache, partial
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,7 +178,7 @@ CHECKPOINT_COMMITS = 50
 WAL_LONG_FRAMES = 1500  # of 4 KiB
 WAL_RESTART_SECONDS = 0.1
 WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
-PORTION_ROWS = 200  # of what is given up, moved or forgotten, in one transaction
+PORTION_ROWS = 200  # of what is forgotten, in one transaction
 PORTION_PAUSE_SECONDS = 0.02
 FORGET_SECONDS = 3600  # between two searches for what is old
 KEEP_SENT_DAYS = 90  # what was given up, and what a reply in Telegram answers
@@ -202,7 +202,6 @@ HEARD_SECONDS = 3 * 24 * 3600
 UPDATE_TRIES = 3
 UPKEEP_SECONDS = 1  # between two rounds of it, or longer if they take long
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
-CLOCK_SECONDS = 2  # by which the clock may differ before it counts as stepped
 
 # The server
 CONNECTIONS = 200
@@ -256,10 +255,6 @@ def ticks():
 def iso(seconds):
     """ISO 8601 in UTC, to the microsecond, as Django REST framework writes it."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")[:26] + "Z"
-
-
-# The same of a whole second, for what is asked many times in it.
-iso_second = lru_cache(1)(iso)
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -446,22 +441,18 @@ class Turns:
         with self.changed:
             self.bot_id = bot_id
             self.due = {}  # chat: its Turn, unless somebody is sending to it
-            # Heaps of turns, of which those count that `due` has.
+            # A heap of turns, of which those count that `due` has.
             self.order = []
-            # A send to these has failed: they may hang again.
-            self.suspects = []
-            self.busy = {}  # chat: why its turn came, while somebody is sending to it
+            self.busy = {}  # chats that somebody is sending to: back_at as that began
             self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
             self.held = []  # ids of messages of which nothing is to be sent now
             self.queued = set()  # busy chats that something was queued for meanwhile
-            self.hurried = set()  # chats that were busy when hurry() was called
             self.sent_at = deque(maxlen=SENDS_PER_SECOND)
             # In seconds since 1970: the last send that did not fail, the last hurry().
             self.passed_at = self.back_at = 0
             self.slow = {}  # chat: until when it gets one message a second
             self.refused = {}  # chat: until when it waits, of the 429s since a send passed
             self.barred_until = 0  # the whole bot
-            self.clock_is_ahead = now() - ticks()
             self.looked_at = math.inf  # when the next waiting sender looks again
             for chat_id, again in queues:
                 self.put(chat_id, again)
@@ -478,27 +469,26 @@ class Turns:
         if turn.why == "early" and (known.why != "early" or known.due_at < turn.due_at):
             return
         self.due[chat_id] = turn
-        heap = self.suspects if turn.why == "failed" else self.order
-        heappush(heap, turn)
-        if len(heap) > 2 * len(self.due) + 64:
+        heappush(self.order, turn)
+        if len(self.order) > 2 * len(self.due) + 64:
             # A heap forgets nothing by itself: a chat that waits for next week would be in it once
             # for each message of this week.
-            heap[:] = [turn for turn in heap if self.due.get(turn.chat_id) is turn]
-            heapify(heap)
+            self.order = sorted(self.due.values())
         if max(turn.due_at, self.paced_at()) < self.looked_at:
             self.changed.notify()
 
-    def first(self, heap):
-        """The first turn of a heap; for none, one that never comes. The caller holds the lock."""
-        while heap and self.due.get(heap[0].chat_id) is not heap[0]:
-            heappop(heap)
-        return heap[0] if heap else Turn(math.inf, 0, "")
+    def first(self):
+        """The first turn; where there is none, one that never comes. The caller holds the lock."""
+        while self.order and self.due.get(self.order[0].chat_id) is not self.order[0]:
+            heappop(self.order)
+        return self.order[0] if self.order else Turn(math.inf, 0, "")
 
     def paced_at(self):
         """When the bot may speak again."""
-        sent_at = self.sent_at
-        paces = (n for n in (SENDS_BURST, SENDS_PER_SECOND) if len(sent_at) >= n)
-        return max(self.barred_until, *(sent_at[-n] + n / SENDS_PER_SECOND for n in paces), 0)
+        if len(self.sent_at) < SENDS_BURST:
+            return self.barred_until
+        # So many at once in each such time make SENDS_PER_SECOND.
+        return max(self.barred_until, self.sent_at[-SENDS_BURST] + SENDS_BURST / SENDS_PER_SECOND)
 
     def wake(self, bot_id, chat_id):
         """Something was queued for the chat."""
@@ -516,9 +506,7 @@ class Turns:
         ends_at = time.monotonic() + wait_seconds
         with self.changed:
             while True:
-                turn = self.first(self.order)
-                if list(self.busy.values()).count("failed") < settings.senders // 2:
-                    turn = min(turn, self.first(self.suspects))
+                turn = self.first()
                 due_at = max(turn.due_at, self.paced_at())
                 if due_at <= ticks():
                     self.start(turn)
@@ -537,7 +525,7 @@ class Turns:
     def start(self, turn):
         """Take a turn that has come. The caller holds the lock."""
         del self.due[turn.chat_id]
-        self.busy[turn.chat_id] = turn.why
+        self.busy[turn.chat_id] = self.back_at
         self.sent_at.append(ticks())
         # The next turn may have come as well.
         self.changed.notify()
@@ -572,7 +560,7 @@ class Turns:
     def give_back(self, chat_id, again):
         """The sender is done with the chat. `again` is None when all is said."""
         with self.changed:
-            self.busy.pop(chat_id, None)
+            began_at = self.busy.pop(chat_id, self.back_at)
             delivery = self.sending.pop(chat_id, None)
             why = again.why if again else "early"
             if why == "told":
@@ -582,10 +570,9 @@ class Turns:
                 self.passed_at = now()
             if why == "early" and chat_id in self.queued:
                 again = Again(0, "early")
-            elif why == "failed" and chat_id in self.hurried:
+            elif why == "failed" and began_at != self.back_at:
                 again = Again(min(again.seconds, 1), "failed")
             self.queued.discard(chat_id)
-            self.hurried.discard(chat_id)
             if again:
                 self.put(chat_id, again)
 
@@ -602,34 +589,12 @@ class Turns:
         if len(latest) == REFUSALS:
             self.barred_until = min(latest)
 
-    def has_clock_stepped(self):
-        """Whether the clock was set since this was asked before."""
-        with self.changed:
-            clock_is_ahead = now() - ticks()
-            if abs(clock_is_ahead - self.clock_is_ahead) <= CLOCK_SECONDS:
-                # Such steps add up.
-                return False
-            self.clock_is_ahead = clock_is_ahead
-            return True
-
-    def mend(self, queues):
-        """Take up those of these chats, as the outbox has them, that would wait longer here."""
-        for chat_id, again in queues:
-            # One at a time: who queues something waits for the lock.
-            with self.changed:
-                turn = self.due.get(chat_id)
-                is_known = turn and (turn.why != "early" or turn.due_at <= ticks() + again.seconds)
-                if not is_known and chat_id not in self.busy:
-                    self.put(chat_id, again)
-
     def hurry(self):
         """Telegram is back: what waited for that is due now. Whom it told to wait, waits."""
         with self.changed:
-            failed = (turn for turn in self.due.values() if turn.why == "failed")
-            # All alike: a heap already.
-            self.suspects = [turn._replace(due_at=ticks()) for turn in failed]
-            self.due.update((turn.chat_id, turn) for turn in self.suspects)
-            self.hurried = set(self.busy)
+            for turn in [turn for turn in self.due.values() if turn.why == "failed"]:
+                self.due[turn.chat_id] = turn._replace(due_at=ticks())
+            self.order = sorted(self.due.values())
             self.back_at = now()
             self.changed.notify_all()
 
@@ -695,8 +660,8 @@ class opened:
     frames = 0  # in the write-ahead log at the last checkpoint
 
 
-# This thread's `db`, the `path` it is open on, its `patience`: seconds it waits for others who
-# write, and the `version` at which notice_writes() saw it last.
+# This thread's `db`, the `path` it is open on, and its `patience`: seconds it waits for others who
+# write.
 local = threading.local()
 write_lock = threading.Lock()
 
@@ -736,7 +701,7 @@ def connect(mode):
 def connection():
     """This thread's connection to the database, opened at first use."""
     if getattr(local, "path", None) != settings.db:
-        local.db, local.path, local.version = connect("rw"), settings.db, None
+        local.db, local.path = connect("rw"), settings.db
         local.db.executescript(f"""
             -- A commit is on disk when it returns: on macOS that takes the other two.
             PRAGMA synchronous = FULL;
@@ -1160,14 +1125,7 @@ def set_keys_used(db, key_ids):
 
 
 def add_blacklisted_token(db, jti, expires_at):
-    """End a refresh token before its time; some whose time has passed are forgotten."""
-    db.run(
-        """
-        DELETE FROM blacklisted_tokens WHERE jti IN (
-            SELECT jti FROM blacklisted_tokens WHERE expires_at < ? LIMIT 100)
-        """,
-        now(),
-    )
+    """End a refresh token before its time."""
     db.run(
         "INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
         jti,
@@ -1184,17 +1142,7 @@ def sha256(text):
 
 
 def add_link_token(db, user_id, token, expires_at):
-    """Remember a link token by its hash; the user's earlier one is dead from now on.
-
-    Some whose time has passed are forgotten.
-    """
-    db.run(
-        """
-        DELETE FROM link_tokens WHERE user_id IN (
-            SELECT user_id FROM link_tokens WHERE expires_at < ? LIMIT 100)
-        """,
-        now(),
-    )
+    """Remember a link token by its hash; the user's earlier one is dead from now on."""
     db.run(
         "INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
         user_id,
@@ -1282,14 +1230,7 @@ def find_chat_user(db, chat):
 
 
 def add_heard(db, chat, message_id, text):
-    """True the first time that a message is heard; some heard long ago are forgotten."""
-    db.run(
-        """
-        DELETE FROM heard WHERE (bot_id, chat_id, message_id) IN (
-            SELECT bot_id, chat_id, message_id FROM heard WHERE heard_at < ? LIMIT 100)
-        """,
-        now() - HEARD_SECONDS,
-    )
+    """Remember that a message was heard. Returns False if it was heard before."""
     return db.changes(
         """
         INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash)
@@ -1484,26 +1425,46 @@ def cancel_message(db, message_id):
     return users != []
 
 
-def forget_sent(db):
-    """Forget some of what was given up, or relayed, long ago. False when there is no more."""
-    before = iso(now() - KEEP_SENT_DAYS * 86_400)
-    given_up = db.run(
-        """
-        DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE given_up_at < ? LIMIT ?)
-        """,
-        before,
-        PORTION_ROWS,
-    )
-    relayed = db.run(
-        """
-        DELETE FROM relayed WHERE message_id IN (
-            SELECT id FROM messages WHERE coalesce(send_at, created_at) < ? AND id IN (
-                SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT ?))
-        """,
-        before,
-        PORTION_ROWS,
-    )
-    return given_up.rowcount + relayed.rowcount > 0
+# What is forgotten, some of it with each statement.
+FORGET = (
+    """
+    DELETE FROM blacklisted_tokens WHERE jti IN (
+        SELECT jti FROM blacklisted_tokens WHERE expires_at < :now LIMIT :most)
+    """,
+    """
+    DELETE FROM link_tokens WHERE user_id IN (
+        SELECT user_id FROM link_tokens WHERE expires_at < :now LIMIT :most)
+    """,
+    """
+    DELETE FROM heard WHERE (bot_id, chat_id, message_id) IN (
+        SELECT bot_id, chat_id, message_id FROM heard WHERE heard_at < :heard_before LIMIT :most)
+    """,
+    """
+    DELETE FROM idempotency_keys WHERE (user_id, key) IN (
+        SELECT user_id, key FROM idempotency_keys WHERE used_at < :used_before LIMIT :most)
+    """,
+    """
+    DELETE FROM outbox WHERE id IN (
+        SELECT id FROM outbox WHERE given_up_at < :sent_before LIMIT :most)
+    """,
+    """
+    DELETE FROM relayed WHERE message_id IN (
+        SELECT id FROM messages WHERE coalesce(send_at, created_at) < :sent_before AND id IN (
+            SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT :most))
+    """,
+)
+
+
+def forget_some(db):
+    """Forget some of what has had its time. False when there is no more."""
+    values = {
+        "now": now(),
+        "heard_before": now() - HEARD_SECONDS,
+        "used_before": now() - IDEMPOTENCY_SECONDS,
+        "sent_before": iso(now() - KEEP_SENT_DAYS * 86_400),
+        "most": PORTION_ROWS,
+    }
+    return sum(db.execute(statement, values).rowcount for statement in FORGET) > 0
 
 
 def list_old_messages(db, after):
@@ -1563,17 +1524,6 @@ def find_idempotency_key(db, user_id, key):
         """,
         user_id,
         key,
-        now() - IDEMPOTENCY_SECONDS,
-    )
-
-
-def forget_idempotency_keys(db):
-    """Forget some of those whose day has passed."""
-    db.run(
-        """
-        DELETE FROM idempotency_keys WHERE (user_id, key) IN (
-            SELECT user_id, key FROM idempotency_keys WHERE used_at < ? LIMIT 100)
-        """,
         now() - IDEMPOTENCY_SECONDS,
     )
 
@@ -2178,8 +2128,6 @@ def deliver_head(home, chat_id):
 
 def deliver_next(home, wait_seconds=0):
     """Deliver the head of the chat whose turn it is, or comes in time. False when none's does."""
-    if turns.has_clock_stepped():
-        turns.mend(list_queues(connection(), home.id))
     chat_id = turns.take(wait_seconds)
     if chat_id is None:
         return False
@@ -2202,12 +2150,13 @@ def run_outbox(home, stop):
             stop.wait(1)
 
 
-def notice_writes(home):
-    """Compare Turns with the outbox, if others have written: it may have been another process."""
-    version = connection().one("PRAGMA data_version")[0]
-    if version != local.version:
-        turns.mend(list_queues(connection(), home.id))
-        local.version = version
+def wake_due(home):
+    """Wake the chats in which something is due.
+
+    Another process may have queued it, or the clock was set. It ends no pause.
+    """
+    for chat_id in list_due(connection(), home.id):
+        turns.wake(home.id, chat_id)
 
 
 def note_used_keys():
@@ -2218,28 +2167,12 @@ def note_used_keys():
         used_keys.difference_update(key_ids)
 
 
-def run_upkeep(home, stop):
-    """Do what nobody waits for, until told to stop."""
-    spent = 0
-    while not stop.is_set():
-        started_at = ticks()
-        try:
-            notice_writes(home)
-            # The rest may be waiting for others who write.
-            spent = ticks() - started_at
-            note_used_keys()
-        except sqlite3.Error:
-            log.exception("upkeep failed; trying again")
-        # A twentieth of the time at most.
-        stop.wait(max(UPKEEP_SECONDS, 20 * spent))
-
-
 def forget():
     """Forget what is old, a portion with each step."""
     is_more = True
     while is_more:
         with transaction() as db:
-            is_more = forget_sent(db)
+            is_more = forget_some(db)
         yield
     last = 0
     while settings.keep_days and (ids := list_old_messages(connection(), last)):
@@ -2249,19 +2182,24 @@ def forget():
         yield
 
 
-def run_tidying(stop):
-    """Forget each hour what is old, in portions, until told to stop."""
-    steps, search_at = (), 0
+def run_upkeep(home, stop):
+    """Do what nobody waits for, until told to stop; what is old is forgotten each hour."""
+    steps, search_at, spent = (), 0, 0
     while not stop.is_set():
-        is_done = False
+        is_done = True
+        started_at = ticks()
         try:
+            wake_due(home)
+            # The rest may be waiting for others who write.
+            spent = ticks() - started_at
+            note_used_keys()
             if ticks() >= search_at:
                 steps, search_at = forget(), ticks() + FORGET_SECONDS
             is_done = next(steps, True)
-        except sqlite3.Error as error:
-            log.error(f"what is old could not be forgotten: {error}")
-            is_done = True
-        stop.wait(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS)
+        except sqlite3.Error:
+            log.exception("upkeep failed; trying again")
+        # A twentieth of the time at most.
+        stop.wait(max(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS, 20 * spent))
 
 
 def announce(line):
@@ -3595,10 +3533,10 @@ def sign_in_by_token(token):
 
 def sign_in_by_key(key):
     """The user of an API key. Raises TokenError."""
-    user, time = find_key_user(connection(), key), iso_second(int(now()))
-    if user is None or (user["expires_at"] or "never") <= time:
+    user, at = find_key_user(connection(), key), iso(now())
+    if user is None or (user["expires_at"] or "never") <= at:
         raise TokenError("Token is invalid")
-    if user["last_used_on"] != time[:10]:
+    if user["last_used_on"] != at[:10]:
         used_keys.add(user["key_id"])
     return user
 
@@ -4549,7 +4487,6 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
             for to in recipients
         ]
         if key:
-            forget_idempotency_keys(db)
             deliveries = ",".join(delivery for _, delivery in sent)
             add_idempotency_key(db, user["id"], key, request_hash, sent[0][0], deliveries)
         messages = [find_message(db, message_id, user["id"]) for message_id, _ in sent]
@@ -5621,7 +5558,6 @@ def start_workers(home, stop):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
     start_thread("polling", home.run, stop)
     start_thread("upkeep", run_upkeep, home, stop)
-    start_thread("tidying", run_tidying, stop)
     senders = range(settings.senders)
     return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in senders]
 

@@ -721,36 +721,6 @@ def test_clock_set_back_holds_up_nothing(http, telegram, bot_api, clock, linked)
     assert [text[-3:] for text in bot_api.texts(7)] == ["one", "two"]
 
 
-def test_chats_that_may_hang_do_not_get_all_senders(http, telegram, monkeypatch):
-    monkeypatch.setattr(factoryapp.settings, "senders", 16)
-    half = factoryapp.settings.senders // 2
-    for chat_id in range(1, factoryapp.settings.senders + 1):
-        # A send to each has failed.
-        factoryapp.turns.give_back(chat_id, factoryapp.Again(0, "failed"))
-    assert None not in [factoryapp.turns.take() for _ in range(half)]
-    assert factoryapp.turns.take() is None
-    factoryapp.turns.wake(telegram.id, 99)
-    assert factoryapp.turns.take() == 99
-
-
-def test_chats_that_were_reached_again_get_all_senders(telegram, bot_api, clock, monkeypatch):
-    monkeypatch.setattr(factoryapp.settings, "senders", 16)
-    chats = range(1, factoryapp.settings.senders + 1)
-    for chat_id in chats:
-        bot_api.failures[chat_id].append("reset")
-        bot_api.write(chat_id, "/start")
-    telegram.poll()
-    deliver_all(telegram)
-    clock.move(1)
-    deliver_all(telegram)
-    assert sorted(chat_id for chat_id, _ in bot_api.sent) == list(chats)
-    for chat_id in chats:
-        bot_api.write(chat_id, "/start")
-    telegram.poll()
-    clock.move(1)
-    assert sorted(factoryapp.turns.take() for _ in chats) == list(chats)
-
-
 def test_no_more_than_thirty_sends_a_second(http, telegram, bot_api, clock, linked, monkeypatch):
     monkeypatch.setattr(factoryapp, "SENDS_BURST", 5)
     headers = log_in(http, "alice")
@@ -1018,7 +988,7 @@ def test_chats_refused_thrice_between_two_of_them_bar_nobody(http, telegram, bot
 
 FORGET = {
     "its turn is gone": lambda turns: turns.due.clear(),
-    "all is gone": lambda turns: (turns.due.clear(), turns.order.clear(), turns.suspects.clear()),
+    "all is gone": lambda turns: (turns.due.clear(), turns.order.clear()),
     "its turn is tomorrow's": lambda turns: turns.due.update(
         {7: turns.due[7]._replace(due_at=turns.due[7].due_at + 86_400)}
     ),
@@ -1032,7 +1002,7 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(
     queue(7)
     with factoryapp.turns.changed:
         forget(factoryapp.turns)
-    factoryapp.notice_writes(telegram)
+    factoryapp.wake_due(telegram)
     deliver_all(telegram)
     assert bot_api.sent == [(7, "text")]
 
@@ -1040,7 +1010,7 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(
 def test_what_another_process_queues_is_sent_within_a_second(http, telegram, bot_api, clock):
     for count in (1, 2, 3):
         queue_by_another_process(7)
-        factoryapp.notice_writes(telegram)
+        factoryapp.wake_due(telegram)
         deliver_all(telegram)
         assert len(bot_api.texts(7)) == count
 
@@ -1055,20 +1025,20 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
     deliver_all(telegram)
     queue(4)
     assert factoryapp.turns.take() == 4  # a sender is at it
-    real = factoryapp.list_queues
+    real = factoryapp.list_due
 
-    def list_queues(*args):
-        # What is sent while Turns is compared.
-        queues = real(*args)
+    def list_due(*args):
+        # What is sent while the outbox is looked at.
+        chat_ids = real(*args)
         deliver_all(telegram)
-        return queues
+        return chat_ids
 
-    monkeypatch.setattr(factoryapp, "list_queues", list_queues)
+    monkeypatch.setattr(factoryapp, "list_due", list_due)
     for _ in range(5):
         queue(6)
         queue_by_another_process(1, 4, 5)
         clock.move(61)
-        factoryapp.notice_writes(telegram)
+        factoryapp.wake_due(telegram)
         deliver_all(telegram)
     assert [len(bot_api.texts(chat_id)) for chat_id in range(1, 7)] == [0, 30, 0, 0, 5, 5]
     assert tries(bot_api, 1) == 1
@@ -1077,19 +1047,6 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
     clock.move(1)
     deliver_all(telegram)
     assert len(bot_api.texts(4)) == 6
-
-
-def test_nobody_waits_until_all_chats_were_compared(http, telegram):
-    def queues():
-        for chat_id in (1, 2):
-            queueing = threading.Thread(target=factoryapp.turns.wake, args=(telegram.id, 9))
-            queueing.start()
-            queueing.join(5)
-            assert not queueing.is_alive()
-            yield chat_id, factoryapp.Again(0, "early")
-
-    factoryapp.turns.mend(queues())
-    assert sorted(factoryapp.turns.due) == [1, 2, 9]
 
 
 def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
@@ -1101,7 +1058,7 @@ def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
     deliver_all(telegram)
     for _ in range(8):
         queue_by_another_process(1, 7)
-        factoryapp.notice_writes(telegram)
+        factoryapp.wake_due(telegram)
         clock.move(1.1)
         deliver_all(telegram)
         assert bot_api.sent == []
@@ -1117,6 +1074,7 @@ def test_send_at_is_kept_when_the_clock_steps_forward(http, telegram, bot_api, c
     queue(7, text="much later", send_at=clock.seconds + 2 * step)
     deliver_all(telegram)
     clock.seconds += step  # or the machine slept
+    factoryapp.wake_due(telegram)
     deliver_all(telegram)
     assert bot_api.texts(7) == ["after the step"] and errors(caplog) == []
 
@@ -1136,6 +1094,7 @@ def test_step_of_the_clock_neither_ends_nor_prolongs_a_pause(
     for chat_id, left in ((2, 150), (1, 9822)):
         for _ in range(3):
             clock.move((left - 0.3) / 3)
+            factoryapp.wake_due(telegram)
             deliver_all(telegram)
             assert bot_api.texts(chat_id) == []
         clock.move(0.3 + 1e-4)
@@ -1144,28 +1103,12 @@ def test_step_of_the_clock_neither_ends_nor_prolongs_a_pause(
     assert errors(caplog) == []
 
 
-def test_steps_of_the_clock_too_small_to_count_add_up_to_no_alarm(
-    http, telegram, bot_api, clock, monkeypatch, caplog
-):
-    monkeypatch.setattr(factoryapp.time, "sleep", lambda seconds: None)
-    queue(7, send_at=clock.seconds + 3600)
-    for _ in range(50):
-        clock.move(61)
-        clock.seconds += 1.5
-        deliver_all(telegram)
-    clock.move(3600 - 50 * 62.5 - 2)
-    deliver_all(telegram)
-    assert bot_api.sent == []
-    clock.move(4.1)
-    deliver_all(telegram)
-    assert bot_api.texts(7) == ["text"] and errors(caplog) == []
-
-
 def test_clock_set_back_sends_nothing_before_its_send_at(http, telegram, bot_api, clock, caplog):
     queue(7, send_at=clock.seconds + 60)
     clock.seconds -= 3600
     for _ in range(60):
         clock.move(60)
+        factoryapp.wake_due(telegram)
         deliver_all(telegram)
         assert bot_api.sent == []
     clock.move(61)
@@ -1173,31 +1116,9 @@ def test_clock_set_back_sends_nothing_before_its_send_at(http, telegram, bot_api
     assert bot_api.texts(7) == ["text"] and errors(caplog) == []
 
 
-def test_outbox_is_looked_at_only_when_something_was_written_or_the_clock_steps(
-    http, telegram, bot_api, clock, monkeypatch
-):
-    looks, real = [], factoryapp.list_queues
-
-    def list_queues(*args):
-        looks.append(clock.ticks)
-        return real(*args)
-
-    queue(7, send_at=clock.seconds + 7200)
-    factoryapp.notice_writes(telegram)
-    monkeypatch.setattr(factoryapp, "list_queues", list_queues)
-    for _ in range(90):
-        clock.move(1)
-        factoryapp.notice_writes(telegram)
-        deliver_all(telegram)
-    assert looks == []
-    clock.seconds += 3
-    deliver_all(telegram)
-    assert len(looks) == 1
-
-
 def test_upkeep_that_waited_for_other_writers_is_soon_back(http, telegram, clock, monkeypatch):
     monkeypatch.setattr(factoryapp, "note_used_keys", lambda: clock.move(3))
-    stop = StopAtPause()
+    stop = StopAtPause(2)
     factoryapp.run_upkeep(telegram, stop)
     assert stop.pauses[-1] == factoryapp.UPKEEP_SECONDS
 
@@ -1606,39 +1527,37 @@ def count(table):
     return factoryapp.connection().execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
 
-def test_link_token_is_forgotten_when_its_time_has_passed(http, clock):
-    link_token(http, join(http, "alice"))
-    clock.move(factoryapp.LINK_TOKEN_SECONDS + 1)
-    link_token(http, join(http, "bob"))
-    assert count("link_tokens") == 1
-
-
-def test_blacklisted_token_is_forgotten_when_its_time_has_passed(http, clock):
-    register(http, "alice")
-    for _ in range(2):
-        tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json
-        http.post_json("/auth/token/blacklist/", {"refresh": tokens["refresh"]})
-        assert count("blacklisted_tokens") == 1
-        clock.move(factoryapp.REFRESH_TOKEN_SECONDS + 1)
-
-
-@alone_and_crowded
-def test_idempotency_key_is_forgotten_when_its_time_has_passed(http, clock):
-    register(http, "alice")
-    for key in ("one", "two"):
-        headers = {**log_in(http, "alice"), "Idempotency-Key": key}
-        post(http, headers, "a")
-        assert count("idempotency_keys") == 1
-        clock.move(factoryapp.IDEMPOTENCY_SECONDS + 1)
-
-
 def forget(days, monkeypatch):
     """Forget what is older, all of it; how long it would be until the next search."""
     monkeypatch.setattr(factoryapp.settings, "keep_days", days)
     monkeypatch.setattr(factoryapp, "PORTION_PAUSE_SECONDS", 0)
     stop = StopAtPause()
-    factoryapp.run_tidying(stop)
+    factoryapp.run_upkeep(factoryapp.running.home, stop)
     return stop.pauses[-1]
+
+
+@pytest.mark.parametrize(
+    "table, seconds",
+    [
+        ("link_tokens", factoryapp.LINK_TOKEN_SECONDS),
+        ("blacklisted_tokens", factoryapp.REFRESH_TOKEN_SECONDS),
+        ("idempotency_keys", factoryapp.IDEMPOTENCY_SECONDS),
+        ("heard", factoryapp.HEARD_SECONDS),
+    ],
+)
+def test_what_has_had_its_time_is_forgotten(
+    http, telegram, bot_api, clock, linked, monkeypatch, table, seconds
+):
+    tokens = http.post_json("/auth/token/", {"username": "alice", "password": PASSWORD}).json
+    http.post_json("/auth/token/blacklist/", {"refresh": tokens["refresh"]})
+    post(http, {**linked, "Idempotency-Key": "a-key"}, "a")
+    link_token(http, linked)
+    clock.move(seconds - 1)
+    forget(0, monkeypatch)
+    assert count(table) == 1
+    clock.move(2)
+    forget(0, monkeypatch)
+    assert count(table) == 0
 
 
 @pytest.mark.parametrize("rows", [2, 50])
@@ -1711,9 +1630,9 @@ def test_reply_to_what_was_forgotten_goes_to_who_is_named_there_and_is_linked_to
 
 def test_what_is_old_is_searched_for_each_hour(http, clock, monkeypatch):
     searched, stop = [], StopAtPause(90)
-    monkeypatch.setattr(factoryapp, "forget_sent", lambda db: searched.append(clock.ticks))
+    monkeypatch.setattr(factoryapp, "forget_some", lambda db: searched.append(clock.ticks))
     monkeypatch.setattr(stop, "wait", lambda seconds: clock.move(60) or StopAtPause.wait(stop, 60))
-    factoryapp.run_tidying(stop)
+    factoryapp.run_upkeep(factoryapp.running.home, stop)
     assert [round(at - searched[0], -2) for at in searched] == [0, 3600]
 
 
@@ -1774,7 +1693,7 @@ def test_forgetting_goes_on_after_a_failure(http, clock, monkeypatch, caplog):
     with monkeypatch.context() as failing:
         failing.setattr(factoryapp.settings, "db", "/nowhere/factoryapp.db")
         assert forget(1, monkeypatch) == factoryapp.UPKEEP_SECONDS
-    assert "could not be forgotten" in errors(caplog)[0] and count("messages") == 1
+    assert "upkeep failed" in errors(caplog)[0] and count("messages") == 1
     forget(1, monkeypatch)
     assert count("messages") == 0
 
@@ -3666,15 +3585,6 @@ def test_messages_that_cannot_be_told_apart_are_all_heard(http, telegram, bot_ap
     for message_id in (None, "5", 2**70, 0, None):
         assert say(telegram, bot_api, 7, "x", message_id=message_id) == [own_copy("x")]
     assert say(telegram, bot_api, 7, "x") == say(telegram, bot_api, 7, "x") == [own_copy("x")]
-
-
-def test_what_was_heard_is_forgotten_when_no_update_can_name_it_any_more(
-    http, telegram, bot_api, clock, linked
-):
-    assert count("heard") == 1
-    clock.move(factoryapp.HEARD_SECONDS + 1)
-    say(telegram, bot_api, 7, "/help")
-    assert count("heard") == 1
 
 
 @pytest.mark.parametrize("chat_id", [7, 8])  # the second is not linked
