@@ -199,7 +199,6 @@ FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
 FAILING_SECONDS = 3600
 MISSING_SECONDS = 600  # until "chat not found" is believed
 HEARD_SECONDS = 3 * 24 * 3600
-UPDATE_TRIES = 3
 UPKEEP_SECONDS = 1  # between two rounds of it, or longer if they take long
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 
@@ -869,13 +868,9 @@ LADDER = {
 
 def check_sqlite():
     """Raise BadSetting where this Python's SQLite lacks what we need."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        options = [option for (option,) in db.execute("PRAGMA compile_options")]
-    found = f"is needed, and this Python has {sqlite3.sqlite_version}: use another Python."
     if sqlite3.sqlite_version_info < (3, 37):
-        raise BadSetting(f"SQLite 3.37 or newer {found}")
-    if "OMIT_WAL" in options:
-        raise BadSetting(f"SQLite with write-ahead log (WAL) {found}")
+        found = f"this Python has {sqlite3.sqlite_version}: use another Python."
+        raise BadSetting(f"SQLite 3.37 or newer is needed, and {found}")
 
 
 def cannot_be_used(error):
@@ -1001,7 +996,7 @@ def open_store():
         opened.files = {}
         db = connection()
         if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
-            raise sqlite3.OperationalError("its file system has no write-ahead log")
+            raise sqlite3.OperationalError("SQLite or its file system has no write-ahead log")
         for step in range(version, SCHEMA_VERSION):
             climb(db, LADDER[step], step + 1)
         db.executescript(
@@ -1741,9 +1736,6 @@ def find_relayed(db, chat, telegram_message_id):
 
 # --- Passwords and tokens -------------------------------------------------------------------------
 
-# Each takes 32 MiB: a burst of logins must not take them all.
-hash_slots = threading.BoundedSemaphore(HASHES_AT_ONCE)
-
 
 def new_salt():
     return base64.b64encode(secrets.token_bytes(16)).decode()
@@ -1752,10 +1744,9 @@ def new_salt():
 def hash_with(salt, password, n, r, p):
     """The password's hash with what it was made with, as the users table keeps it."""
     salt_bytes = base64.b64decode(salt)
-    with hash_slots:
-        digest = hashlib.scrypt(
-            password.encode(), salt=salt_bytes, n=n, r=r, p=p, maxmem=256 * n * r, dklen=32
-        )
+    digest = hashlib.scrypt(
+        password.encode(), salt=salt_bytes, n=n, r=r, p=p, maxmem=256 * n * r, dklen=32
+    )
     return f"scrypt${n}${r}${p}${salt}${base64.b64encode(digest).decode()}"
 
 
@@ -2441,25 +2432,20 @@ def overhear(db, chat, chat_type, kind, message):
 
 
 def receive_or_skip(bot_id, update):
-    """Receive an update; one that fails time and again is skipped.
+    """Receive an update, or skip it if it fails. Returns the answer to a pressed button, or None.
 
-    Unless it is the database that fails: then the error is raised. What to tell who pressed a
-    button: of one that is skipped, that it did nothing.
+    Raises sqlite3.Error if the database fails: then the update is not skipped.
     """
-    for attempt in range(1, UPDATE_TRIES + 1):
-        try:
-            return receive(bot_id, update)
-        except Exception as error:
-            if is_outage(error):
-                raise
-            update_id = pick(update, "update_id", int)
-            # The exception's own text may quote the message.
-            quiet = (type(error), None, error.__traceback__)
-            log.warning(
-                f"update {update_id} failed, try {attempt} of {UPDATE_TRIES}", exc_info=quiet
-            )
+    try:
+        return receive(bot_id, update)
+    except Exception as error:
+        if is_outage(error):
+            raise
+        update_id = pick(update, "update_id", int)
+        # The exception's own text may quote the message.
+        quiet = (type(error), None, error.__traceback__)
+        log.error(f"update {update_id} is skipped", exc_info=quiet)
     if update_id is not None:
-        log.error(f"update {update_id} is skipped")
         with transaction() as db:
             set_offset(db, bot_id, update_id + 1)
     return TOO_LATE
@@ -2513,17 +2499,12 @@ WHAT_MENDS = {
 
 
 def name_failure(error):
-    """What made a call fail, in words that hold nothing of its URL."""
-    kind, reason = type(error).__name__, ""
-    while error := error.__cause__ or error.__context__:
-        if isinstance(error, socket.gaierror):
-            reason = "name unknown, "
-        elif isinstance(error, TimeoutError):
-            reason = "timed out, "
-        elif (isinstance(error, ConnectionError) or type(error) is OSError) and error.errno:
-            # Not ssl's, whose numbers are its own.
-            reason = f"{os.strerror(error.errno).lower()}, "
-    return f"{reason}{kind}{WHAT_MENDS.get(kind, '')}"
+    """Return why a call failed: the system's words, which hold nothing of its URL."""
+    kind = type(error).__name__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return f"{reason}, {kind}{WHAT_MENDS.get(kind, '')}"
 
 
 class Telegram(Home):
@@ -3267,11 +3248,9 @@ def check_request():
     /api/users is served as /api/users/: the original redirected, which lost the body of a POST.
     """
     environ = request.environ
-    if not environ["bottle.raw_path"].isascii():
-        try:
-            environ["bottle.raw_path"].encode("latin-1").decode()
-        except UnicodeError:
-            raise refusal(400, "The path is not UTF-8.") from None
+    # Bottle leaves out bytes that are not UTF-8.
+    if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
+        raise refusal(400, "The path is not UTF-8.")
     # What browsers let any page elsewhere send without asking.
     is_foreign = environ.get("HTTP_SEC_FETCH_SITE") == "cross-site"
     if is_foreign and environ["REQUEST_METHOD"] == "POST":
@@ -4474,8 +4453,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
         # So many copies to be split.
         leave_round("patient")
     key = read_idempotency_key()
-    fields = text, recipient, silent, send_at, *filter(None, (reply_to, choices))
-    request_hash = sha256(repr(fields))
+    request_hash = sha256(repr((text, recipient, silent, send_at, reply_to, choices)))
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
             answered = replay(db, user, request_hash, earlier)
