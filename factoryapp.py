@@ -25,7 +25,7 @@ Rooms, each using only those above it:
   Bot       the conversation and its two homes
 
 To add a setting: Settings, read_arguments(), README. A route: Routes alone, it describes itself. A
-column: schema.sql, a step of LADDER, the Store. A sentence of the bot: Texts.
+column: schema.sql, the Store, SCHEMA_VERSION with a step of LADDER. A sentence of the bot: Texts.
 
 Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks
 in the terminal.
@@ -111,7 +111,7 @@ except ModuleNotFoundError as error:
 # in its name.
 
 VERSION = "1.1.0"
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
@@ -807,62 +807,25 @@ def checkpoint(db):
         log.warning(f"the write-ahead log was not copied, and grows: {error}")
 
 
-# What brings an older schema one version up: version: SQL. schema.sql makes what is new since.
+# What a step to the next version changes in the rows, before climb() copies them into the tables of
+# schema.sql. It may be empty.
 LADDER = {
-    1: """
-    ALTER TABLE chats ADD COLUMN token_hash BLOB;
-    ALTER TABLE outbox ADD COLUMN thread_id INTEGER;
-    ALTER TABLE outbox ADD COLUMN pause REAL NOT NULL DEFAULT 0;
-    ALTER TABLE outbox ADD COLUMN failing_since REAL;
-    ALTER TABLE outbox ADD COLUMN missing_since REAL
-    """,
-    2: """
-    ALTER TABLE bots DROP COLUMN username;
-    ALTER TABLE outbox ADD COLUMN is_own_copy INTEGER NOT NULL DEFAULT 0
-        CHECK (is_own_copy IN (0, 1));
-    -- The parts of an own copy were queued right behind those of the recipient's, if it had a chat.
-    UPDATE outbox SET is_own_copy = 1, message_id = copy.message_id
-    FROM outbox AS copy
-        JOIN messages ON messages.id = copy.message_id JOIN users ON users.id = sender_id
-    WHERE outbox.message_id IS NULL AND outbox.id BETWEEN copy.id + 1 AND copy.id + 30
-        AND sender_id <> recipient_id
-        AND (outbox.text LIKE username || ', я получил от тебя сообщение%'
-            OR outbox.text LIKE username || ' (%/%):%')
-        AND outbox.id - copy.id - 1 = (SELECT count(*) FROM outbox AS part
-            WHERE part.id > copy.id AND part.id < outbox.id AND NOT part.is_last);
-    CREATE INDEX outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
-    CREATE TABLE new_messages (
-        id           INTEGER PRIMARY KEY AUTOINCREMENT,
-        sender_id    INTEGER NOT NULL REFERENCES users,
-        recipient_id INTEGER NOT NULL REFERENCES users,
-        text         TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),
-        created_at   TEXT NOT NULL,
-        source       TEXT NOT NULL CHECK (source IN ('api', 'telegram')),
-        delivery     TEXT NOT NULL
-            CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
-        failure      TEXT,
-        send_at      TEXT
-    ) STRICT;
-    INSERT INTO new_messages
-        SELECT id, sender_id, recipient_id, text, created_at, source, delivery,
-            (SELECT error FROM outbox WHERE message_id = messages.id AND given_up_at IS NOT NULL
-                AND delivery = 'failed' ORDER BY id LIMIT 1),
-            (SELECT strftime('%Y-%m-%dT%H:%M:%f000Z', max(send_at), 'unixepoch') FROM outbox
-                WHERE message_id = messages.id AND send_at > 0)
-        FROM messages ORDER BY id;
-    DROP TABLE messages;
-    ALTER TABLE new_messages RENAME TO messages
-    """,
-    3: """
-    ALTER TABLE messages ADD COLUMN reply_to INTEGER REFERENCES messages ON DELETE SET NULL;
-    ALTER TABLE messages ADD COLUMN choices TEXT;
-    ALTER TABLE messages ADD COLUMN was_chosen INTEGER NOT NULL DEFAULT 0
-        CHECK (was_chosen IN (0, 1))
-    """,
-    4: """
-    ALTER TABLE users ADD COLUMN folded TEXT NOT NULL DEFAULT '';
-    UPDATE users SET folded = fold(username)
-    """,
+    5: """
+    -- Older names may differ by case alone.
+    UPDATE users SET folded = folded || ' ' || id
+        WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
+    -- Queues that were being moved or given up.
+    UPDATE outbox SET bot_id = to_bot_id, chat_id = to_chat_id FROM leftovers AS l
+        WHERE (outbox.bot_id, outbox.chat_id) = (l.bot_id, l.chat_id) AND outbox.id <= last_id
+        AND given_up_at IS NULL AND to_chat_id IS NOT NULL;
+    UPDATE outbox SET given_up_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), error = reason
+        FROM leftovers AS l
+        WHERE (outbox.bot_id, outbox.chat_id) = (l.bot_id, l.chat_id) AND outbox.id <= last_id
+        AND given_up_at IS NULL AND to_chat_id IS NULL;
+    UPDATE messages SET delivery = 'failed', failure = error FROM outbox
+        WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
+        AND NOT is_own_copy
+    """
 }
 
 
@@ -890,10 +853,39 @@ def has_another_name():
     return is_mounted or os.stat(settings.db).st_nlink > 1
 
 
-def check_store():
-    """The version of the database's schema, 0 when there is none yet. Touches nothing.
+def read_version(db):
+    """Return the version of the database's schema, 0 if it is empty.
 
-    Raises BadSetting when the file that should be our database is something else.
+    Raises BadSetting if this program cannot use it.
+    """
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    version = db.one("PRAGMA user_version")[0]
+    if "factoryapp" in names:
+        version = max(version, db.one("SELECT schema_version FROM factoryapp")[0])
+    elif {"signing_key", "leftovers"} <= names:
+        # Maybe read back from a dump, which has no PRAGMAs.
+        version = 5
+    elif names and db.one("PRAGMA application_id")[0] != APPLICATION_ID:
+        raise BadSetting(
+            f"The database {settings.db} is another program's: name another file with --db."
+        )
+    if version > SCHEMA_VERSION:
+        raise BadSetting(
+            f"The database {settings.db} is from a newer version of FactoryApp: start that "
+            "version, or name another file with --db."
+        )
+    if 0 < version < min(LADDER):
+        raise BadSetting(
+            f"The database {settings.db} is from an old version of FactoryApp: start version 1.1.0 "
+            "with it once, then this one."
+        )
+    return version
+
+
+def check_store():
+    """Return the version of the database's schema, 0 if there is none yet. Changes nothing.
+
+    Raises BadSetting if the file that should be our database is something else.
     """
     for path in (settings.db + suffix for suffix in ("-wal", "-shm", ".lock")):
         if os.path.islink(path):
@@ -910,38 +902,50 @@ def check_store():
                 "folder, not the file, and remove other hard links."
             )
         with closing(connect("ro")) as db:
-            application_id, version, tables = db.one("""
-                SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
-                FROM pragma_application_id, pragma_user_version
-                """)
+            return read_version(db)
     except (OSError, sqlite3.Error) as error:
         raise cannot_be_used(error) from None
-    if tables and application_id != APPLICATION_ID:
-        raise BadSetting(
-            f"The database {settings.db} is another program's: name another file with --db."
-        )
-    if version > SCHEMA_VERSION:
-        raise BadSetting(
-            f"The database {settings.db} is from a newer version of FactoryApp: start that "
-            "version, or name another file with --db."
-        )
-    return version
 
 
-def climb(db, script, version):
-    """Change the schema in one transaction: whatever ends it leaves the database as it was."""
-    db.create_function("fold", 1, fold)
-    # A step may rebuild a table that others refer to.
-    db.execute("PRAGMA foreign_keys = OFF")
-    try:
-        db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {version};")
-        if db.one("PRAGMA foreign_key_check"):
-            raise sqlite3.IntegrityError("rows would refer to others that are not there")
-        commit(db)
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        db.execute("PRAGMA foreign_keys = ON")
+def apply(db, script):
+    """Execute the statements of a script, within the transaction that has begun."""
+    for statement in script.split(";\n"):
+        db.execute(statement)
+
+
+def climb(db, schema, version):
+    """Make every table of an older database anew, as schema.sql has it, and copy the rows.
+
+    LADDER changes the rows before. Foreign keys must be off.
+    """
+    for step in range(version, SCHEMA_VERSION):
+        apply(db, LADDER[step])
+    old = db.execute("SELECT type, name FROM sqlite_master WHERE name NOT GLOB 'sqlite_*'")
+    tables = []
+    for kind, name in old.fetchall():
+        if kind == "table":
+            tables.append(name)
+            db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
+        else:
+            db.execute(f"DROP {kind} {name}")
+    apply(db, schema)
+    for name in tables:
+        both = db.run(
+            """
+            SELECT name FROM pragma_table_info(?) INTERSECT SELECT name FROM pragma_table_info(?)
+            """,
+            name,
+            f"old_{name}",
+        )
+        if columns := ", ".join(column for (column,) in both):
+            db.execute(f"INSERT INTO {name} ({columns}) SELECT {columns} FROM old_{name}")
+    # No id is used twice, even if its row is gone.
+    db.execute("DELETE FROM sqlite_sequence WHERE name NOT GLOB 'old_*'")
+    db.execute("UPDATE sqlite_sequence SET name = substr(name, 5)")
+    for name in tables:
+        db.execute(f"DROP TABLE old_{name}")
+    if db.one("PRAGMA foreign_key_check"):
+        raise sqlite3.IntegrityError("rows would refer to others that are not there")
 
 
 def make_private(path):
@@ -980,14 +984,14 @@ def lock_database():
 
 
 def open_store():
-    """Make the database, or bring it up to date. Raises BadSetting when that cannot be done."""
-    version = check_store() or SCHEMA_VERSION
+    """Make the database, or bring it up to date. Raises BadSetting if that cannot be done."""
+    version = check_store()
     # Through a symlink too.
-    schema = Path(__file__).resolve().with_name("schema.sql")
+    path = Path(__file__).resolve().with_name("schema.sql")
     try:
-        script = schema.read_text("utf-8")
+        schema = path.read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise BadSetting(f"{schema} cannot be read ({error}): put it there again.") from None
+        raise BadSetting(f"{path} cannot be read ({error}): put it there again.") from None
     try:
         with open(settings.db, "ab"):
             paths = [settings.db + suffix for suffix in ("", "-wal", "-shm")]
@@ -997,18 +1001,20 @@ def open_store():
         db = connection()
         if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise sqlite3.OperationalError("SQLite or its file system has no write-ahead log")
-        for step in range(version, SCHEMA_VERSION):
-            climb(db, LADDER[step], step + 1)
-        db.executescript(
-            f"BEGIN IMMEDIATE; {script} "
-            f"PRAGMA application_id = {APPLICATION_ID}; "
-            f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )
-        with transaction() as db:
+        # Tables that others refer to may be made anew.
+        db.execute("PRAGMA foreign_keys = OFF")
+        with transaction():
+            if 0 < version < SCHEMA_VERSION:
+                climb(db, schema, version)
+            apply(db, schema)
+            db.run("INSERT OR REPLACE INTO factoryapp VALUES (1, ?)", SCHEMA_VERSION)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.run(
                 "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                 secrets.token_bytes(SECRET_MIN_BYTES),
             )
+        db.execute("PRAGMA foreign_keys = ON")
         # Without the -shm nothing is lost.
         opened.files = {path: os.stat(path) for path in paths[:2]}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
@@ -1020,9 +1026,8 @@ def add_user(db, username, password_hash):
     """The new user's id. None when the name is taken, be it in another case."""
     added = db.one(
         """
-        INSERT INTO users (username, password, created_at, folded)
-        SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (SELECT 1 FROM users WHERE folded = ?4)
-        RETURNING id
+        INSERT INTO users (username, password, created_at, folded) VALUES (?, ?, ?, ?)
+        ON CONFLICT DO NOTHING RETURNING id
         """,
         username,
         password_hash,
@@ -1030,11 +1035,6 @@ def add_user(db, username, password_hash):
         fold(username),
     )
     return added and added["id"]
-
-
-def is_taken(db, username):
-    """Whether somebody has this name, be it in another case."""
-    return db.one("SELECT 1 FROM users WHERE folded = ?", fold(username)) is not None
 
 
 def find_user(db, user_id):
@@ -1479,16 +1479,7 @@ def list_old_messages(db, after):
 
 def delete_messages(db, ids):
     """Forget messages, and what stands on them."""
-    for table, column in (
-        ("relayed", "message_id"),
-        ("idempotency_keys", "message_id"),
-        ("outbox", "message_id"),
-        ("messages", "id"),
-    ):
-        db.run(
-            f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
-            ids,
-        )
+    db.run("DELETE FROM messages WHERE id IN (SELECT value FROM json_each(?))", ids)
 
 
 def add_idempotency_key(db, user_id, key, request_hash, message_id, delivery):
@@ -1766,11 +1757,8 @@ def nobodys_hash():
 
 def password_matches(password, password_hash):
     _, n, r, p, salt, _ = password_hash.split("$")
-    # Older ones were hashed as they were typed.
-    return any(
-        secrets.compare_digest(hash_with(salt, spelling, int(n), int(r), int(p)), password_hash)
-        for spelling in dict.fromkeys((compose(password), password))
-    )
+    hashed = hash_with(salt, compose(password), int(n), int(r), int(p))
+    return secrets.compare_digest(hashed, password_hash)
 
 
 # Ids of the API keys that were used for the first time today, until run_upkeep() writes them down.
@@ -4075,7 +4063,7 @@ FIELD_ERRORS = component(
 )
 
 # Fields of what is asked.
-USERNAME_FIELD = Text(
+USERNAME_FIELD = NewUsername(
     MAX_USERNAME,
     tidy=tidy_username,
     example="alice",
@@ -4086,8 +4074,6 @@ USERNAME_FIELD = Text(
         "characters."
     ),
 )
-# One that is to be made: those that exist stay as they are.
-NEW_USERNAME_FIELD = NewUsername(**vars(USERNAME_FIELD))
 # The name of somebody who may not exist.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
@@ -4159,7 +4145,7 @@ def show_health():
 @app.post("/api/users/register/")
 @waits("registering")
 @open_to_anybody
-@takes(username=NEW_USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
+@takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
 @answers(201, A_USER)
 def register(username, password):
     """Make an account.
@@ -4167,9 +4153,6 @@ def register(username, password):
     Anybody may, unless whoever runs the server has closed registration: 403. From one address: 100
     tries at once, then one in 3 seconds.
     """
-    # Refused before the hash: or each of many tries would take its time.
-    if is_taken(connection(), username):
-        raise HTTPError(400, NAME_TAKEN)
     password_hash = hash_password(password)
     with transaction() as db:
         user_id = add_user(db, username, password_hash)
@@ -5514,15 +5497,13 @@ def administer(name, password_hash):
             if user := find_user_by_name(db, name):
                 set_password(db, user["id"], user["password"], password_hash or nobodys_hash())
             elif password_hash:
-                if add_user(db, NEW_USERNAME_FIELD.read(name), password_hash) is None:
+                if add_user(db, name, password_hash) is None:
                     raise BadSetting(f"There is an account {name} in another case already.")
                 done = "its account is made"
             else:
                 raise nobody
             if not password_hash and (chat := find_chat(db, user["id"])):
                 unlink_chat(db, chat, "the account was disabled")
-    except Refused as refused:
-        raise BadSetting(f"No account {name} can be made: {' '.join(refused.args)}") from None
     except sqlite3.Error as error:
         raise cannot_be_used(error) from None
     announce(f"{name}: {done}")

@@ -1,8 +1,15 @@
 -- FactoryApp's database. Applied whole at every start: it adds what is missing and drops nothing.
 --
 -- *_at columns that end up in an answer are ISO 8601 text in UTC with a Z; those the server computes with are seconds since
--- 1970 (REAL). PRAGMA user_version (set by factoryapp.py) numbers this schema: what an older database needs to get here is a
--- step of LADDER there, climbed before this is applied; a newer one is refused. No index calls a function of ours.
+-- 1970 (REAL). An older database is made anew by this file, and its rows are copied; what else has to change is a step of
+-- LADDER in factoryapp.py. A statement ends with a semicolon at the end of a line, and nothing else does.
+
+-- Says that the database is FactoryApp's, and of which schema. PRAGMA user_version and application_id say so as well, but
+-- `sqlite3 .dump` leaves them out.
+CREATE TABLE IF NOT EXISTS factoryapp (
+    id             INTEGER PRIMARY KEY CHECK (id = 1),  -- there is one
+    schema_version INTEGER NOT NULL
+) STRICT;
 
 -- The key that signs every JWT. Made at first start; a row here is what makes tokens survive a restart.
 CREATE TABLE IF NOT EXISTS signing_key (
@@ -16,9 +23,8 @@ CREATE TABLE IF NOT EXISTS users (
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
     tokens_from INTEGER NOT NULL DEFAULT 0,        -- JWTs issued (iat) before this second were ended by a new password
     created_at TEXT NOT NULL,
-    folded     TEXT NOT NULL DEFAULT ''            -- the name without case: a new one is not to equal it. Not UNIQUE, two older may
+    folded     TEXT NOT NULL UNIQUE                -- the name without case: no two differ by that alone
 ) STRICT;
-CREATE INDEX IF NOT EXISTS users_by_folded ON users (folded);
 
 -- Refresh tokens that were ended before their time.
 CREATE TABLE IF NOT EXISTS blacklisted_tokens (
@@ -63,13 +69,6 @@ CREATE TABLE IF NOT EXISTS chats (
     PRIMARY KEY (bot_id, chat_id)
 ) STRICT, WITHOUT ROWID;
 
--- Groups that were told once that linking is for private chats.
-CREATE TABLE IF NOT EXISTS told_groups (
-    bot_id     INTEGER NOT NULL,
-    chat_id    INTEGER NOT NULL,
-    PRIMARY KEY (bot_id, chat_id)
-) STRICT, WITHOUT ROWID;
-
 -- What was heard in private chats, so that a message counts once, and an edit is known to be one.
 CREATE TABLE IF NOT EXISTS heard (
     bot_id     INTEGER NOT NULL,
@@ -77,8 +76,6 @@ CREATE TABLE IF NOT EXISTS heard (
     message_id INTEGER NOT NULL,                   -- Telegram's
     heard_at   REAL NOT NULL,                      -- forgotten after three days
     text_hash  BLOB,                               -- SHA-256 of its text; NULL: it has none, or its edit was answered
-    album      TEXT,                               -- Telegram's media_group_id
-    was_told   INTEGER NOT NULL DEFAULT 0 CHECK (was_told IN (0, 1)),  -- its writer, that the bot reads text only
     PRIMARY KEY (bot_id, chat_id, message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS heard_by_age ON heard (heard_at);
@@ -110,7 +107,7 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
     key          TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
     request_hash BLOB NOT NULL,                    -- SHA-256 of the request's fields
-    message_id   INTEGER NOT NULL REFERENCES messages,  -- the first, where it was sent to several: the others follow
+    message_id   INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE,  -- the first, where there are several: the others follow
     delivery     TEXT NOT NULL,                    -- the messages', as it was answered, with commas between
     used_at      REAL NOT NULL,                    -- forgotten after a day
     PRIMARY KEY (user_id, key)
@@ -125,7 +122,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     bot_id      INTEGER NOT NULL,
     chat_id     INTEGER NOT NULL,
     text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
-    message_id  INTEGER REFERENCES messages,       -- that this is a copy of (a part of it); NULL: an answer of the bot
+    message_id  INTEGER REFERENCES messages ON DELETE CASCADE,  -- that this is a copy of (a part of it); NULL: an answer of the bot
     is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
     is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
     silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
@@ -144,25 +141,12 @@ CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, i
 CREATE INDEX IF NOT EXISTS outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
--- Chats that were left with much queued: until the deliveries up to last_id are moved to another chat, or given up, nothing
--- is sent there.
-CREATE TABLE IF NOT EXISTS leftovers (
-    id          INTEGER PRIMARY KEY,               -- in this order
-    bot_id      INTEGER NOT NULL,
-    chat_id     INTEGER NOT NULL,
-    to_bot_id   INTEGER,                           -- NULL, both: they are given up, for this reason
-    to_chat_id  INTEGER,
-    reason      TEXT NOT NULL,
-    last_id     INTEGER NOT NULL,                  -- of the outbox
-    undelivered TEXT NOT NULL DEFAULT '[]'         -- JSON: [sender_id, recipient_id, count] of messages that failed by it
-) STRICT;
-
 -- Which message stands behind what the bot said in a chat, so that a reply to it finds its author: for 90 days.
 CREATE TABLE IF NOT EXISTS relayed (
     bot_id              INTEGER NOT NULL,
     chat_id             INTEGER NOT NULL,
     telegram_message_id INTEGER NOT NULL,
-    message_id          INTEGER NOT NULL REFERENCES messages,
+    message_id          INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE,
     PRIMARY KEY (bot_id, chat_id, telegram_message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS relayed_by_message ON relayed (message_id);

@@ -1263,223 +1263,119 @@ def test_file_of_another_owner_is_named(tmp_path, foreign, mode, names):
 
 
 @pytest.fixture
-def version_1(tmp_path, monkeypatch):
-    """A database that version 1 of the schema has made and filled."""
+def version_5(tmp_path, monkeypatch):
+    """A database that version 5 of the schema has made and filled."""
     path = str(tmp_path / "factoryapp.db")
     with closing(sqlite3.connect(path)) as db:
-        db.executescript(VERSION_1)
+        db.executescript(VERSION_5)
     monkeypatch.setattr(factoryapp.settings, "db", path)
     return path
 
 
-def columns_of(path, table):
+def describe_tables(path):
+    """Everything that SQLite knows of the tables and indexes, but for how they are spelled."""
     with closing(sqlite3.connect(path)) as db:
-        return [column[1] for column in db.execute(f"PRAGMA table_info({table})")]
+        names = db.execute("SELECT type, name FROM sqlite_master ORDER BY type, name").fetchall()
+        about = "table_list", "table_xinfo", "foreign_key_list", "index_list", "index_xinfo"
+        return names, [
+            sorted(db.execute(f"PRAGMA {what}({name})").fetchall(), key=repr)
+            for _, name in names
+            for what in about
+        ]
 
 
-def schema_version(path):
+def read_back(path, dump):
+    """Replace a database by what `sqlite3 .dump` would write of another."""
+    with closing(sqlite3.connect(dump)) as db:
+        script = "\n".join(db.iterdump())
+    for suffix in ("", "-wal", "-shm"):
+        Path(path + suffix).unlink(missing_ok=True)
     with closing(sqlite3.connect(path)) as db:
-        return db.execute("PRAGMA user_version").fetchone()[0]
+        db.executescript(script)
 
 
-def test_database_of_version_1_is_brought_up_with_all_that_is_in_it(version_1, start, bot_api):
+@pytest.mark.parametrize("is_dumped", [False, True])
+def test_database_of_version_5_is_brought_up_with_all_that_is_in_it(
+    version_5, start, bot_api, tmp_path, is_dumped
+):
+    if is_dumped:
+        os.rename(version_5, tmp_path / "old.db")
+        read_back(version_5, tmp_path / "old.db")
     program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
-    bot_api.wait_for_texts(7, 2)
-    assert bot_api.texts(7)[0] == "Не доставлено пользователю bob: 1 сообщ."
-    assert bot_api.texts(7)[1] == "alice, я получил от тебя сообщение:\n\nlater"
+    bot_api.wait_for(lambda: len(bot_api.sent) == 9)
+    assert bot_api.texts(10) == ["переезд"] and bot_api.texts(11) == []
+    assert sorted(text[:5] for text in bot_api.texts(8)) == ["сейча", "слово"]
     alice = log_in(program.http, "alice")
-    assert [(m["id"], m["text"], m["delivery"]) for m in list_messages(program.http, alice)] == [
-        (1, "заметка", "sent"),
-        (2, "привет", "sent"),
-        (3, "later", "failed"),
+    assert {m["id"]: m["delivery"] for m in list_messages(program.http, alice)} == {
+        **dict.fromkeys((1, 2, 3, 8, 9, 10, 12), "sent"),
+        **dict.fromkeys((7, 11), "failed"),
+        **dict.fromkeys((4, 6), "queued"),
+        5: "unlinked",
+    }
+    assert [m["failure"] for m in list_messages(program.http, alice) if m["id"] in (7, 11)] == [
+        "403 Forbidden",
+        "the chat was unlinked with /stop",
     ]
-    assert list_messages(program.http, log_in(program.http, "Иван")) == []
+    assert [u["username"] for u in program.http.get("/api/users/", headers=alice).json] == [
+        *("alice", "bob", "BOB", "carol", "dave")
+    ]
+    assert log_in(program.http, "BOB") != log_in(program.http, "bob")
+    program.http.get("/api/users/me/", headers={"Authorization": "Bearer fa_key"})
+    assert post(program.http, alice, "new")["id"] == 41
     bot_api.write(7, "ответ", reply_to=2)
-    bot_api.wait_for_texts(7, 3)
-    assert list_messages(program.http, alice)[-1]["recipient"] == "bob"
+    bot_api.wait_for(lambda: len(bot_api.texts(8)) == 3)
     assert program.end()[0] == 0
-    assert schema_version(version_1) == factoryapp.SCHEMA_VERSION
-    check_database(version_1)
+    check_database(version_5)
 
 
-def test_ladder_keeps_why_a_message_failed_and_when_it_was_to_be_sent(version_1):
-    factoryapp.open_store()
-    rows = factoryapp.connection().execute("SELECT failure, send_at FROM messages").fetchall()
-    assert [tuple(row) for row in rows] == [
-        (None, None),
-        (None, None),
-        ("403 Forbidden", "2026-09-21T15:13:20.000000Z"),
-    ]
-    ids = factoryapp.connection().one("SELECT seq FROM sqlite_sequence WHERE name = 'messages'")
-    assert ids[0] == 3  # and none of these is used again
-
-
-def test_ladder_ends_with_the_messages_of_a_fresh_database(version_1, tmp_path, monkeypatch):
+def test_database_of_version_5_gets_the_tables_of_a_fresh_one(version_5, tmp_path, monkeypatch):
     factoryapp.open_store()
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "fresh.db"))
     factoryapp.open_store()
-    tables = []
-    for path in (version_1, tmp_path / "fresh.db"):
-        with closing(sqlite3.connect(path)) as db:
-            about = "table_info(messages)", "foreign_key_list(messages)", "index_list(messages)"
-            tables.append([set(db.execute(f"PRAGMA {what}").fetchall()) for what in about])
-    assert tables[0] == tables[1]
-
-
-OLD_NAMES = "Alice", "alice", "\u0430lice", "ali\u115fce", "straße"
-
-
-def test_names_that_an_older_version_took_stay_and_no_new_one_equals_them(
-    http, telegram, bot_api, tmp_path
-):
-    db, hashed = factoryapp.connection(), factoryapp.hash_password(PASSWORD)
-    for n, name in enumerate(OLD_NAMES):
-        assert factoryapp.add_user(db, f"{name}{n}", hashed)
-    db.execute("UPDATE users SET username = substr(username, 1, length(username) - 1)")
-    db.executescript(
-        "DROP INDEX users_by_folded; ALTER TABLE users DROP folded; PRAGMA user_version = 4"
-    )
-    factoryapp.open_store()
-    old = [log_in(http, name) for name in OLD_NAMES]
-    for name in OLD_NAMES:
-        assert post(http, old[0], "text", recipient=name)["recipient"] == name
-    link_chat(http, telegram, bot_api, old[2], 7)
-    assert [user["username"] for user in http.get("/api/users/", headers=old[0]).json] == [
-        *OLD_NAMES
-    ]
-    for name in ("ALICE", "STRASSE", "\u0430LICE", "\u0430lice"):
-        sent = {"username": name, "password": PASSWORD}
-        assert "username" in http.post_json("/api/users/register/", sent, status=400).json
-    assert administer(tmp_path, "--disable", OLD_NAMES[3]) == (0, f"{OLD_NAMES[3]}: {DISABLE}")
-    assert administer(tmp_path, "--set-password", OLD_NAMES[2]) == (0, f"{OLD_NAMES[2]}: {SET}")
-    http.get("/api/users/me/", headers=old[2], status=401)
-    try_password(http, OLD_NAMES[3], PASSWORD)
-
-
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
-def test_names_that_an_older_version_took_stay_and_are_taken_in_any_case(
-    version_1, monkeypatch, version
-):
-    with closing(sqlite3.connect(version_1)) as db, db:
-        for step in range(1, version):
-            db.executescript(factoryapp.LADDER[step])
-        db.execute(f"PRAGMA user_version = {version}")
-        copy = (
-            "INSERT INTO users (username, password, created_at) SELECT ?, password, '' FROM users"
-        )
-        for name in ("ALICE", "Straße"):
-            db.execute(f"{copy} WHERE username = 'alice'", [name])
-    factoryapp.open_store()
-    with serving() as server, closing(Client(server)) as http:
-        alice = log_in(http, "alice")
-        for name in ("Alice", "иван", "STRASSE"):
-            sent = {"username": name, "password": PASSWORD}
-            refused = http.post_json("/api/users/register/", sent, status=400).json
-            assert refused["username"] == ["A user with that username already exists."]
-        assert log_in(http, "ALICE") != alice
-        names = [user["username"] for user in http.get("/api/users/", headers=alice).json]
-        assert names == ["alice", "bob", "Иван", "ALICE", "Straße"]
-
-
-@pytest.fixture
-def version_2(version_1):
-    """A database of version 2 in which nothing is queued yet; Alice and Bob have chats."""
-    with closing(sqlite3.connect(version_1)) as db:
-        db.executescript(f"{factoryapp.LADDER[1]}; PRAGMA user_version = 2; DELETE FROM outbox")
-        yield db
-
-
-OWN = "alice, я получил от тебя сообщение для bob:\n\ntext"
+    assert describe_tables(version_5) == describe_tables(tmp_path / "fresh.db")
 
 
 @pytest.mark.parametrize(
-    "rows, own_copies",
+    "statement, sentence",
     [
-        ([(8, "copy", 3, 1), (7, OWN, None, 1)], 1),
-        (
-            [(8, "copy", 3, 0), (8, "copy", 3, 1), (7, OWN, None, 0), (7, "alice (2/2):", None, 1)],
-            2,
-        ),
-        # The next message's, whose recipient has no chat.
-        ([(8, "copy", 3, 1), (7, OWN, None, 1), (7, OWN, None, 1)], 1),
-        ([(8, "copy", 3, 1), (7, factoryapp.GREETING, None, 1)], 0),
-        ([(8, "copy", 3, 1), (8, "bob, я получил от тебя сообщение для Иван:", None, 1)], 0),
-        ([(7, "alice, я получил от тебя сообщение:", 1, 1), (7, OWN, None, 1)], 0),
+        ("INSERT INTO users (id) VALUES (9)", "NOT NULL"),
+        ("DELETE FROM messages WHERE id = 1", "refer to others that are not there"),
+        ("UPDATE users SET username = 'bob' || char(0), folded = '' WHERE id > 1", "UNIQUE"),
     ],
-    ids=["one part", "two parts", "two", "answer", "another's", "behind one to oneself"],
 )
-def test_ladder_finds_the_own_copies_of_a_message_and_no_others(version_2, rows, own_copies):
-    version_2.executemany(
-        """
-        INSERT INTO outbox (bot_id, chat_id, text, message_id, is_last, queued_at)
-        VALUES (4242, ?, ?, ?, ?, 0)
-        """,
-        rows,
-    )
-    version_2.commit()
-    factoryapp.open_store()
-    found = factoryapp.connection().execute(
-        "SELECT message_id, is_own_copy FROM outbox ORDER BY id"
-    )
-    owned = [row[2] for row in rows].index(None)
-    named = [(3, 1)] * own_copies + [(None, 0)] * (len(rows) - owned - own_copies)
-    assert [tuple(row) for row in found][owned:] == named
-
-
-def add_steps(monkeypatch, *steps):
-    """Have the ladder end with these steps."""
-    version = factoryapp.SCHEMA_VERSION
-    ladder = {**factoryapp.LADDER, **dict(enumerate(steps, version))}
-    monkeypatch.setattr(factoryapp, "LADDER", ladder)
-    monkeypatch.setattr(factoryapp, "SCHEMA_VERSION", version + len(steps))
-    return version
-
-
-def test_step_that_fails_leaves_the_steps_before_and_is_climbed_at_the_next_start(
-    version_1, monkeypatch
+def test_step_that_cannot_be_taken_leaves_the_database_as_it_was(
+    version_5, monkeypatch, statement, sentence
 ):
-    good = "ALTER TABLE users ADD COLUMN nick TEXT"
-    bad = "ALTER TABLE users ADD COLUMN half TEXT; INSERT INTO users (id) VALUES (9)"
-    version = add_steps(monkeypatch, good, bad)
-    with pytest.raises(factoryapp.BadSetting, match="NOT NULL"):
+    with closing(sqlite3.connect(version_5)) as db:
+        before = list(db.iterdump())
+    monkeypatch.setitem(factoryapp.LADDER, 5, f"{factoryapp.LADDER[5]};\n{statement}")
+    with pytest.raises(factoryapp.BadSetting, match=sentence):
         factoryapp.open_store()
-    assert schema_version(version_1) == version + 1
-    assert columns_of(version_1, "users")[-1] == "nick"
-    factoryapp.LADDER[version + 1] = "ALTER TABLE users ADD COLUMN whole TEXT"
+    with closing(sqlite3.connect(version_5)) as db:
+        assert list(db.iterdump()) == before
+    monkeypatch.setitem(factoryapp.LADDER, 5, factoryapp.LADDER[5].rpartition(";\n")[0])
     factoryapp.open_store()
-    assert schema_version(version_1) == version + 2
-    assert columns_of(version_1, "users")[-2:] == ["nick", "whole"]
-    check_database(version_1)
+    check_database(version_5)
 
 
-def test_step_may_rebuild_a_table_that_others_refer_to(version_1, monkeypatch):
-    rebuild = """
-        CREATE TABLE new_messages (
-            id INTEGER PRIMARY KEY AUTOINCREMENT, sender_id INTEGER NOT NULL REFERENCES users,
-            recipient_id INTEGER NOT NULL REFERENCES users, text TEXT NOT NULL,
-            created_at TEXT NOT NULL, source TEXT NOT NULL, delivery TEXT NOT NULL,
-            reply_to INTEGER) STRICT;
-        INSERT INTO new_messages SELECT id, sender_id, recipient_id, text, created_at, source,
-            delivery, reply_to FROM messages;
-        DROP TABLE messages;
-        ALTER TABLE new_messages RENAME TO messages
-        """
-    add_steps(monkeypatch, rebuild)
-    factoryapp.open_store()
-    db = factoryapp.connection()
-    assert db.execute("SELECT count(*) FROM messages").fetchone()[0] == 3
-    assert db.execute("SELECT message_id FROM relayed").fetchone()[0] == 2
-    with pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
-        db.execute("UPDATE relayed SET message_id = 77")  # they are checked again
-    check_database(version_1)
+def test_database_that_is_read_back_from_a_dump_starts(start, tmp_path):
+    program = start()
+    alice = join(program.http, "alice")
+    post(program.http, alice, "text")
+    assert program.end()[0] == 0
+    os.rename(tmp_path / "factoryapp.db", tmp_path / "old.db")
+    read_back(str(tmp_path / "factoryapp.db"), tmp_path / "old.db")
+    program = start()
+    assert [m["text"] for m in list_messages(program.http, alice)] == ["text"]
+    assert program.end()[0] == 0
+    check_database(tmp_path / "factoryapp.db")
 
 
-def test_step_that_loses_what_others_refer_to_is_refused(version_1, monkeypatch):
-    version = add_steps(monkeypatch, "DELETE FROM messages WHERE id = 2")
-    with pytest.raises(factoryapp.BadSetting, match="refer to others that are not there"):
+def test_database_of_an_older_version_is_refused_by_the_version_that_brings_it_up(version_5):
+    with closing(sqlite3.connect(version_5)) as db:
+        db.executescript("DROP TABLE leftovers; PRAGMA user_version = 4")
+    with pytest.raises(factoryapp.BadSetting, match="start version 1.1.0 with it once"):
         factoryapp.open_store()
-    assert schema_version(version_1) == version
-    check_database(version_1)
 
 
 def test_link_token_is_stored_as_a_hash_alone(http):
@@ -1698,16 +1594,20 @@ def test_forgetting_goes_on_after_a_failure(http, clock, monkeypatch, caplog):
     assert count("messages") == 0
 
 
-def test_program_forgets_old_messages_once_it_runs_even_those_of_version_1(version_1, start):
-    with closing(sqlite3.connect(version_1)) as db:
+def test_program_forgets_old_messages_once_it_runs(start, tmp_path):
+    program = start()
+    alice = join(program.http, "alice")
+    for text in ("old", "older"):
+        post(program.http, alice, text)
+    assert program.end()[0] == 0
+    with closing(sqlite3.connect(tmp_path / "factoryapp.db")) as db, db:
         db.execute("UPDATE messages SET created_at = '2020-01-01T00:00:00.000000Z'")
-        db.commit()
     program = start("--keep-days", "1")
-    alice, ends_at = log_in(program.http, "alice"), time.monotonic() + 10
-    while len(messages := list_messages(program.http, alice)) > 1 and time.monotonic() < ends_at:
+    ends_at = time.monotonic() + 10
+    while list_messages(program.http, alice) and time.monotonic() < ends_at:
         time.sleep(0.01)
-    assert [m["id"] for m in messages] == [3]  # whose own copy is still queued
-    assert post(program.http, alice, "new")["id"] == 4
+    assert list_messages(program.http, alice) == []
+    assert post(program.http, alice, "new")["id"] == 3
 
 
 def test_pause_that_telegram_asked_for_outlives_a_restart(http, telegram, bot_api, clock, linked):
@@ -1875,14 +1775,6 @@ def test_longest_password_is_known_by_its_accents_too(http):
 def test_password_that_only_looks_like_it_is_wrong(http, typed):
     register(http, "alice", "ёлка-йод")
     try_password(http, "alice", typed)
-
-
-@pytest.mark.parametrize("password", [decomposed("ёлка-йод"), "\ufffd" * 8])
-def test_password_that_was_hashed_as_it_was_typed_still_matches(http, password):
-    register(http, "alice")
-    kept = factoryapp.hash_with(factoryapp.new_salt(), password, **factoryapp.SCRYPT)
-    factoryapp.connection().execute("UPDATE users SET password = ?", (kept,))
-    assert log_in(http, "alice", password)
 
 
 def test_access_token_lives_5_minutes_and_refresh_token_a_day(http, clock):
@@ -9107,7 +8999,9 @@ def test_administration_while_a_server_of_another_schema_runs_is_refused(
     tmp_path, alone_with_alice
 ):
     version = factoryapp.SCHEMA_VERSION - 1
-    factoryapp.connection().execute(f"PRAGMA user_version = {version}")
+    factoryapp.connection().executescript(
+        f"PRAGMA user_version = {version}; UPDATE factoryapp SET schema_version = {version}"
+    )
     with closing(factoryapp.lock_database()):
         code, said = administer(tmp_path, "--set-password", "alice")
     assert code == 2 and "already running" in said
@@ -10208,135 +10102,134 @@ class BotApiHandler(BaseHTTPRequestHandler):
         pass
 
 
-# What version 1 of the schema made, with messages sent, failed and still to be sent at 2026-09-21.
-VERSION_1 = """
-BEGIN TRANSACTION;
-CREATE TABLE blacklisted_tokens (
-    jti TEXT PRIMARY KEY,
-    expires_at REAL NOT NULL
-) STRICT, WITHOUT ROWID;
-INSERT INTO "blacklisted_tokens" VALUES('00000000000000000000000000000000',1790086400.0);
-CREATE TABLE bots (
-    id INTEGER PRIMARY KEY,
-    username TEXT,
-    next_update_id INTEGER
-) STRICT;
-INSERT INTO "bots" VALUES(0,NULL,NULL);
-INSERT INTO "bots" VALUES(4242,'factory_test_bot',100);
-CREATE TABLE chats (
-    bot_id INTEGER NOT NULL,
-    chat_id INTEGER NOT NULL,
-    user_id INTEGER NOT NULL UNIQUE REFERENCES users ON DELETE CASCADE,
-    linked_at TEXT NOT NULL,
-    PRIMARY KEY (bot_id, chat_id)
-) STRICT, WITHOUT ROWID;
-INSERT INTO "chats" VALUES(0,0,2,'2026-09-21T14:13:20.000000Z');
-INSERT INTO "chats" VALUES(4242,7,1,'2026-09-21T14:13:20.000000Z');
-CREATE TABLE idempotency_keys (
-    user_id INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
-    key TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
-    request_hash BLOB NOT NULL,
-    message_id INTEGER NOT NULL REFERENCES messages,
-    delivery TEXT NOT NULL,
-    used_at REAL NOT NULL,
-    PRIMARY KEY (user_id, key)
-) STRICT, WITHOUT ROWID;
-INSERT INTO "idempotency_keys"
-    VALUES(1,'a-key',X'6868686868686868686868686868686868686868686868686868686868686868',1,
-    'queued',1790000000.0);
-CREATE TABLE link_tokens (
-    user_id INTEGER PRIMARY KEY REFERENCES users ON DELETE CASCADE,
-    token_hash BLOB NOT NULL UNIQUE,
-    expires_at REAL NOT NULL
-) STRICT;
-INSERT INTO "link_tokens"
-    VALUES(3,X'CC0B1C2C66F3BB9FD1A081C626BA1BEF62F6F96441A43BE15268523776AC26A1',1790000600.0);
-CREATE TABLE messages (
-    id INTEGER PRIMARY KEY,
-    sender_id INTEGER NOT NULL REFERENCES users,
-    recipient_id INTEGER NOT NULL REFERENCES users,
-    text TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),
-    created_at TEXT NOT NULL,
-    source TEXT NOT NULL CHECK (source IN ('api', 'telegram')),
-    delivery TEXT NOT NULL CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked'))
-) STRICT;
-INSERT INTO "messages" VALUES(1,1,1,'заметка','2026-09-21T14:13:20.000000Z','api','sent');
-INSERT INTO "messages" VALUES(2,2,1,'привет','2026-09-21T14:13:20.000000Z','telegram','sent');
-INSERT INTO "messages" VALUES(3,1,2,'later','2026-09-21T14:13:20.000000Z','api','failed');
-CREATE TABLE outbox (
-    id INTEGER PRIMARY KEY,
-    bot_id INTEGER NOT NULL,
-    chat_id INTEGER NOT NULL,
-    text TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),
-    message_id INTEGER REFERENCES messages,
-    is_last INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),
-    silent INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),
-    send_at REAL NOT NULL DEFAULT 0,
-    queued_at REAL NOT NULL,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    due_at REAL NOT NULL DEFAULT 0,
-    error TEXT,
-    given_up_at TEXT
-) STRICT;
-INSERT INTO "outbox" VALUES(3,0,0,'bob, я получил от тебя сообщение:
-
-привет',NULL,1,0,0.0,1790000000.0,0,0.0,'403 Forbidden','2026-09-21T14:13:20.000000Z');
-INSERT INTO "outbox" VALUES(4,0,0,'Сообщение от alice:
-
-later',3,1,0,1790003600.0,1790000000.0,0,0.0,'403 Forbidden','2026-09-21T14:13:20.000000Z');
-INSERT INTO "outbox" VALUES(5,4242,7,'alice, я получил от тебя сообщение:
-
-later',NULL,1,0,1790003600.0,1790000000.0,0,0.0,NULL,NULL);
-INSERT INTO "outbox"
-    VALUES(6,4242,7,'Не доставлено пользователю bob: 1 сообщ.',NULL,1,0,0.0,1790000000.0,0,0.0,
-    NULL,NULL);
-CREATE TABLE relayed (
-    bot_id INTEGER NOT NULL,
-    chat_id INTEGER NOT NULL,
-    telegram_message_id INTEGER NOT NULL,
-    message_id INTEGER NOT NULL REFERENCES messages,
-    PRIMARY KEY (bot_id, chat_id, telegram_message_id)
-) STRICT, WITHOUT ROWID;
-INSERT INTO "relayed" VALUES(4242,7,2,2);
-CREATE TABLE signing_key (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    key BLOB NOT NULL CHECK (length(key) >= 32)
-) STRICT;
-INSERT INTO "signing_key"
-    VALUES(1,X'E0E6CD427CAAC764CBF46B57DF1DB8E933E36F3FC254568ACD2749F25805D064');
-CREATE TABLE told_groups (
-    bot_id INTEGER NOT NULL,
-    chat_id INTEGER NOT NULL,
-    PRIMARY KEY (bot_id, chat_id)
-) STRICT, WITHOUT ROWID;
-INSERT INTO "told_groups" VALUES(4242,-100);
-CREATE TABLE users (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    username TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),
-    password TEXT NOT NULL,
-    tokens_from INTEGER NOT NULL DEFAULT 0,
-    created_at TEXT NOT NULL
-) STRICT;
-INSERT INTO "users"
-    VALUES(1,'alice',
-    'scrypt$16$8$1$nrFUguiCQvl/A2pxqH5QLg==$uIAGBA92bjo2MBKMsHmTMciT4Tkzz5TAQr/xM8+v6VQ=',0,
-    '2026-09-21T14:13:20.000000Z');
-INSERT INTO "users"
-    VALUES(2,'bob',
-    'scrypt$16$8$1$rsSlldrhdZJzkpM5x1cqEQ==$DSb8N6ScioFpZ79ToSn+UHSLefcpov8QuWJnTd6MRo8=',0,
-    '2026-09-21T14:13:20.000000Z');
-INSERT INTO "users"
-    VALUES(3,'Иван',
-    'scrypt$16$8$1$7a3hzwUbnt3MlXdoYKMbLg==$FRyEt+LTwEELr2Hua2ht6tYqjUxqOOx6kAjRooJ7zug=',0,
-    '2026-09-21T14:13:20.000000Z');
+# What version 5 of the schema made, at 2026-09-21: messages of every delivery, some to be sent in
+# 2099, one half sent; the queue of chat 9 on its way to chat 10, that of chat 11 being given up.
+VERSION_5 = """
+CREATE TABLE signing_key (id INTEGER PRIMARY KEY CHECK (id = 1), key BLOB NOT NULL CHECK
+  (length(key) >= 32)) STRICT;
+CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, username TEXT NOT NULL UNIQUE CHECK
+  (length(username) BETWEEN 1 AND 150), password TEXT NOT NULL, tokens_from INTEGER NOT NULL
+  DEFAULT 0, created_at TEXT NOT NULL, folded TEXT NOT NULL DEFAULT '') STRICT;
+CREATE INDEX users_by_folded ON users (folded);
+CREATE TABLE blacklisted_tokens (jti TEXT PRIMARY KEY, expires_at REAL NOT NULL) STRICT, WITHOUT
+  ROWID;
 CREATE INDEX blacklisted_tokens_by_expiry ON blacklisted_tokens (expires_at);
+CREATE TABLE api_keys (id INTEGER PRIMARY KEY AUTOINCREMENT, user_id INTEGER NOT NULL REFERENCES
+  users ON DELETE CASCADE, name TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 100), key_hash
+  BLOB NOT NULL UNIQUE, created_at TEXT NOT NULL, expires_at TEXT, last_used_on TEXT) STRICT;
+CREATE INDEX api_keys_by_user ON api_keys (user_id);
+CREATE TABLE link_tokens (user_id INTEGER PRIMARY KEY REFERENCES users ON DELETE CASCADE,
+  token_hash BLOB NOT NULL UNIQUE, expires_at REAL NOT NULL) STRICT;
+CREATE INDEX link_tokens_by_expiry ON link_tokens (expires_at);
+CREATE TABLE bots (id INTEGER PRIMARY KEY, next_update_id INTEGER) STRICT;
+CREATE TABLE chats (bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL, user_id INTEGER NOT NULL
+  UNIQUE REFERENCES users ON DELETE CASCADE, linked_at TEXT NOT NULL, token_hash BLOB, PRIMARY KEY
+  (bot_id, chat_id)) STRICT, WITHOUT ROWID;
+CREATE TABLE told_groups (bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL, PRIMARY KEY (bot_id,
+  chat_id)) STRICT, WITHOUT ROWID;
+CREATE TABLE heard (bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL, message_id INTEGER NOT
+  NULL, heard_at REAL NOT NULL, text_hash BLOB, album TEXT, was_told INTEGER NOT NULL DEFAULT 0
+  CHECK (was_told IN (0, 1)), PRIMARY KEY (bot_id, chat_id, message_id)) STRICT, WITHOUT ROWID;
+CREATE INDEX heard_by_age ON heard (heard_at);
+CREATE TABLE messages (id INTEGER PRIMARY KEY AUTOINCREMENT, sender_id INTEGER NOT NULL REFERENCES
+  users, recipient_id INTEGER NOT NULL REFERENCES users, text TEXT NOT NULL CHECK (length(text)
+  BETWEEN 1 AND 16384), created_at TEXT NOT NULL, source TEXT NOT NULL CHECK (source IN ('api',
+  'telegram')), delivery TEXT NOT NULL CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked',
+  'cancelled')), failure TEXT, send_at TEXT, reply_to INTEGER REFERENCES messages ON DELETE SET
+  NULL, choices TEXT, was_chosen INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1))) STRICT;
 CREATE INDEX messages_by_sender ON messages (sender_id);
 CREATE INDEX messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
+CREATE INDEX messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
+CREATE INDEX messages_by_sender_delivery ON messages (sender_id, delivery);
+CREATE INDEX messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE
+  recipient_id <> sender_id;
+CREATE TABLE idempotency_keys (user_id INTEGER NOT NULL REFERENCES users ON DELETE CASCADE, key
+  TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255), request_hash BLOB NOT NULL, message_id
+  INTEGER NOT NULL REFERENCES messages, delivery TEXT NOT NULL, used_at REAL NOT NULL, PRIMARY KEY
+  (user_id, key)) STRICT, WITHOUT ROWID;
 CREATE INDEX idempotency_keys_by_age ON idempotency_keys (used_at);
+CREATE INDEX idempotency_keys_by_message ON idempotency_keys (message_id);
+CREATE TABLE outbox (id INTEGER PRIMARY KEY, bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL,
+  text TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096), message_id INTEGER REFERENCES
+  messages, is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)), is_last INTEGER
+  NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)), silent INTEGER NOT NULL DEFAULT 0 CHECK (silent IN
+  (0, 1)), send_at REAL NOT NULL DEFAULT 0, queued_at REAL NOT NULL, attempts INTEGER NOT NULL
+  DEFAULT 0, due_at REAL NOT NULL DEFAULT 0, error TEXT, given_up_at TEXT, thread_id INTEGER,
+  pause REAL NOT NULL DEFAULT 0, failing_since REAL, missing_since REAL) STRICT;
 CREATE INDEX outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
-DELETE FROM "sqlite_sequence";
-INSERT INTO "sqlite_sequence" VALUES('users',3);
-PRAGMA application_id = 1180778864;
-PRAGMA user_version = 1;
-COMMIT;
+CREATE INDEX outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
+CREATE INDEX outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
+CREATE TABLE leftovers (id INTEGER PRIMARY KEY, bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL,
+  to_bot_id INTEGER, to_chat_id INTEGER, reason TEXT NOT NULL, last_id INTEGER NOT NULL,
+  undelivered TEXT NOT NULL DEFAULT '[]') STRICT;
+CREATE TABLE relayed (bot_id INTEGER NOT NULL, chat_id INTEGER NOT NULL, telegram_message_id
+  INTEGER NOT NULL, message_id INTEGER NOT NULL REFERENCES messages, PRIMARY KEY (bot_id, chat_id,
+  telegram_message_id)) STRICT, WITHOUT ROWID;
+CREATE INDEX relayed_by_message ON relayed (message_id);
+PRAGMA application_id = 0x46614170;
+PRAGMA user_version = 5;
+INSERT INTO signing_key VALUES (1, zeroblob(32));
+INSERT INTO users VALUES (1, 'alice', HASH, 0, AT, 'alice'), (2, 'bob', HASH, 0, AT, 'bob'),
+  (3, 'BOB', HASH, 0, AT, 'bob'), (4, 'carol', HASH, 0, AT, 'carol'),
+  (5, 'dave', HASH, 0, AT, 'dave');
+INSERT INTO api_keys VALUES (1, 1, 'cron',
+  X'FBF3BD8BF1D0870142D892CCFED72741432C51D8CB52258A01163E5D143D9D62', AT, NULL, NULL);
+INSERT INTO blacklisted_tokens VALUES ('00000000000000000000000000000000', 4070908800);
+INSERT INTO link_tokens VALUES (3, zeroblob(32), 4070908800);
+INSERT INTO bots VALUES (4242, 100);
+INSERT INTO chats VALUES (4242, 7, 1, AT, zeroblob(32)), (4242, 8, 2, AT, NULL),
+  (4242, 10, 4, AT, zeroblob(32));
+INSERT INTO told_groups VALUES (4242, -5);
+INSERT INTO heard VALUES (4242, 7, 55, 4070908800, zeroblob(32), 'album', 0);
+INSERT INTO messages VALUES
+  (1, 1, 1, 'заметка', AT, 'api', 'sent', NULL, NULL, NULL, NULL, 0),
+  (2, 2, 1, 'привет', AT, 'telegram', 'sent', NULL, NULL, NULL, NULL, 0),
+  (3, 1, 2, 'сейчас', AT, 'api', 'queued', NULL, NULL, NULL, NULL, 0),
+  (4, 1, 2, 'Сюрприз? ' || LONG, AT, 'api', 'queued', NULL, LATER, NULL,
+    '["Да", "Нет"]', 0),
+  (5, 1, 3, 'нет чата', AT, 'api', 'unlinked', NULL, LATER, NULL, NULL, 0),
+  (6, 1, 1, 'себе', AT, 'api', 'queued', NULL, LATER, 4, NULL, 0),
+  (7, 2, 1, 'пропало', AT, 'telegram', 'failed', '403 Forbidden', NULL, NULL, NULL, 0),
+  (8, 1, 2, 'длинное ' || LONG, AT, 'api', 'queued', NULL, NULL, NULL, NULL, 0),
+  (9, 1, 1, 'просрочено', AT, 'api', 'queued', NULL, AT, NULL, NULL, 0),
+  (10, 1, 4, 'переезд', AT, 'api', 'queued', NULL, NULL, NULL, NULL, 0),
+  (11, 1, 5, 'ушёл', AT, 'api', 'queued', NULL, NULL, NULL, NULL, 0),
+  (12, 1, 1, 'ответ', AT, 'api', 'sent', NULL, NULL, 4, NULL, 0);
+INSERT INTO idempotency_keys VALUES (1, 'a-key', zeroblob(32), 1, 'queued', 4070908800);
+INSERT INTO relayed VALUES (4242, 7, 1, 1), (4242, 7, 2, 2), (4242, 8, 2, 2), (4242, 8, 8, 8);
+INSERT INTO outbox (id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at, error,
+  given_up_at, bot_id, queued_at) SELECT *, 4242, 1790000000 FROM (VALUES
+  (4, 8, 'сейчас', 3, 0, 1, 0, 0, NULL, NULL),
+  (5, 7, 'own: сейчас', 3, 1, 1, 0, 0, NULL, NULL),
+  (6, 8, 'Сюрприз? ' || LONG, 4, 0, 0, 1, NEVER, NULL, NULL),
+  (7, 8, LONG, 4, 0, 1, 1, NEVER, NULL, NULL),
+  (8, 7, 'own: ' || LONG, 4, 1, 0, 1, NEVER, NULL, NULL),
+  (9, 7, LONG, 4, 1, 1, 1, NEVER, NULL, NULL),
+  (10, 7, 'own: нет чата', 5, 1, 1, 0, NEVER, NULL, NULL),
+  (11, 7, 'себе', 6, 0, 1, 0, NEVER, NULL, NULL),
+  (12, 7, 'пропало', 7, 0, 1, 0, 0, '403 Forbidden', AT),
+  (15, 8, LONG, 8, 0, 1, 0, -1, NULL, NULL),
+  (16, 7, 'own: ' || LONG, 8, 1, 0, 0, 0, NULL, NULL),
+  (17, 7, LONG, 8, 1, 1, 0, 0, NULL, NULL),
+  (18, 7, 'просрочено', 9, 0, 1, 0, 1790000100, NULL, NULL),
+  (19, 9, 'переезд', 10, 0, 1, 0, 0, NULL, NULL),
+  (20, 7, 'own: переезд', 10, 1, 1, 0, 0, NULL, NULL),
+  (21, 11, 'ушёл', 11, 0, 1, 0, 0, NULL, NULL),
+  (22, 7, 'own: ушёл', 11, 1, 1, 0, 0, NULL, NULL));
+INSERT INTO leftovers VALUES (1, 4242, 9, 4242, 10, '', 19, '[]'),
+  (2, 4242, 11, NULL, NULL, 'the chat was unlinked with /stop', 21, '[]');
+UPDATE sqlite_sequence SET seq = 40 WHERE name = 'messages';
 """
+VERSION_5 = re.sub(
+    r"\b(AT|LATER|NEVER|LONG|HASH)\b",
+    lambda word: {
+        "AT": "'2026-09-21T14:13:20.000000Z'",
+        "LATER": "'2099-01-01T00:00:00.000000Z'",
+        "NEVER": "4070908800",
+        "LONG": "replace(hex(zeroblob(600)), '00', 'слово ')",
+        # Of PASSWORD, as cheap_hashes() hashes it.
+        "HASH": "'scrypt$32768$8$3$a2tra2tra2tra2tra2traw==$jUv0OWRvEwtxKr+pe9wwmgkxVomifCukF6w24Xf"
+        "sCPg='",
+    }[word[0]],
+    VERSION_5,
+)
