@@ -161,13 +161,13 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
-MAX_QUEUED = 2000  # messages to one person: a queue is moved or given up in one transaction
+MAX_QUEUED = 2000  # messages of one person to another: a queue is moved or given up at once
 QUEUE_FULL_SECONDS = 60  # until their sender may try again
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
 WAIT_SECONDS = 50  # nginx gives up at 60
 IDEMPOTENCY_SECONDS = 24 * 3600
-DELIVERIES = "queued", "sent", "failed", "unlinked", "cancelled"
+DELIVERIES = "scheduled", "queued", "sent", "failed", "unlinked", "cancelled"
 
 # The database. A list is read in pieces of so many rows, or of so many bytes.
 LIST_PIECE_ROWS = 200
@@ -180,6 +180,8 @@ WAL_RESTART_SECONDS = 0.1
 WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
 PORTION_ROWS = 200  # of what is forgotten, in one transaction
 PORTION_PAUSE_SECONDS = 0.02
+PUBLISH_SECONDS = 0.02  # of a portion of what is scheduled and due: others who write wait
+PUBLISH_AGAIN_SECONDS = 3600  # after a failure that is the message's own
 FORGET_SECONDS = 3600  # between two searches for what is old
 KEEP_SENT_DAYS = 90  # what was given up, and what a reply in Telegram answers
 
@@ -199,7 +201,7 @@ FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
 FAILING_SECONDS = 3600
 MISSING_SECONDS = 600  # until "chat not found" is believed
 HEARD_SECONDS = 3 * 24 * 3600
-UPKEEP_SECONDS = 1  # between two rounds of it, or longer if they take long
+UPKEEP_SECONDS = 0.5  # between two rounds of it, or longer if they take long
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 
 # The server
@@ -404,8 +406,8 @@ def fold(name):
 class Again(NamedTuple):
     """When a chat's turn comes again, and why.
 
-    "early": something is queued, for now or for later. "failed": our own back-off after a failed
-    send. "told": Telegram's retry_after.
+    "early": something is queued. "failed": our own back-off after a failed send. "told": Telegram's
+    retry_after.
     """
 
     seconds: float
@@ -439,9 +441,8 @@ class Turns:
         """Start with what the outbox holds for this bot: (chat id, Again) pairs."""
         with self.changed:
             self.bot_id = bot_id
-            self.due = {}  # chat: its Turn, unless somebody is sending to it
-            # A heap of turns, of which those count that `due` has.
-            self.order = []
+            self.order = []  # a heap of turns: one a chat, unless somebody is sending to it
+            self.due = set()  # the chats that have one
             self.busy = {}  # chats that somebody is sending to: back_at as that began
             self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
             self.held = []  # ids of messages of which nothing is to be sent now
@@ -460,26 +461,19 @@ class Turns:
     def put(self, chat_id, again):
         """Note when a chat's turn comes. The caller holds the lock.
 
-        What is queued for a chat brings its turn forward, but never ends a pause.
+        What is queued for a chat whose turn is to come changes nothing: it ends no pause.
         """
+        if chat_id in self.due:
+            return
         least = 1 if ticks() < self.slow.get(chat_id, 0) else 0
         turn = Turn(ticks() + max(again.seconds, least), chat_id, again.why)
-        known = self.due.get(chat_id, turn)
-        if turn.why == "early" and (known.why != "early" or known.due_at < turn.due_at):
-            return
-        self.due[chat_id] = turn
+        self.due.add(chat_id)
         heappush(self.order, turn)
-        if len(self.order) > 2 * len(self.due) + 64:
-            # A heap forgets nothing by itself: a chat that waits for next week would be in it once
-            # for each message of this week.
-            self.order = sorted(self.due.values())
         if max(turn.due_at, self.paced_at()) < self.looked_at:
             self.changed.notify()
 
     def first(self):
         """The first turn; where there is none, one that never comes. The caller holds the lock."""
-        while self.order and self.due.get(self.order[0].chat_id) is not self.order[0]:
-            heappop(self.order)
         return self.order[0] if self.order else Turn(math.inf, 0, "")
 
     def paced_at(self):
@@ -522,8 +516,9 @@ class Turns:
                     self.changed.wait(left)
 
     def start(self, turn):
-        """Take a turn that has come. The caller holds the lock."""
-        del self.due[turn.chat_id]
+        """Take the first turn, which has come. The caller holds the lock."""
+        heappop(self.order)
+        self.due.remove(turn.chat_id)
         self.busy[turn.chat_id] = self.back_at
         self.sent_at.append(ticks())
         # The next turn may have come as well.
@@ -591,9 +586,10 @@ class Turns:
     def hurry(self):
         """Telegram is back: what waited for that is due now. Whom it told to wait, waits."""
         with self.changed:
-            for turn in [turn for turn in self.due.values() if turn.why == "failed"]:
-                self.due[turn.chat_id] = turn._replace(due_at=ticks())
-            self.order = sorted(self.due.values())
+            self.order = sorted(
+                turn._replace(due_at=ticks()) if turn.why == "failed" else turn
+                for turn in self.order
+            )
             self.back_at = now()
             self.changed.notify_all()
 
@@ -635,16 +631,21 @@ class Connection(sqlite3.Connection):
             self.busy_timeout = milliseconds
             self.execute(f"PRAGMA busy_timeout = {milliseconds}")
 
-    def run(self, sql, *values):
-        return self.execute(sql, values)
+    def run(self, sql, *values, **named):
+        return self.execute(sql, values or named)
 
-    def changes(self, sql, *values):
-        """Whether it changed a row."""
-        return self.run(sql, *values).rowcount == 1
+    def changes(self, sql, *values, **named):
+        """Execute a statement. Returns whether it changed a row."""
+        return self.run(sql, *values, **named).rowcount == 1
 
-    def one(self, sql, *values):
-        """The first row, or None."""
-        return self.run(sql, *values).fetchone()
+    def one(self, sql, *values, **named):
+        """Return the first row, or None."""
+        return self.run(sql, *values, **named).fetchone()
+
+    def insert(self, table, verb="INSERT", **row):
+        """Insert a row, {column: value}. Returns its rowid."""
+        names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        return self.execute(f"{verb} INTO {table} ({names}) VALUES ({values})", row).lastrowid
 
 
 # A list is bound as JSON, for json_each().
@@ -824,7 +825,22 @@ LADDER = {
         AND given_up_at IS NULL AND to_chat_id IS NULL;
     UPDATE messages SET delivery = 'failed', failure = error FROM outbox
         WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
-        AND NOT is_own_copy
+        AND NOT is_own_copy;
+    -- What is still to come.
+    CREATE TABLE scheduled AS
+        SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent) AS silent,
+            reply_to, choices
+        FROM messages AS m JOIN outbox ON message_id = m.id
+        WHERE delivery = 'queued' AND NOT is_own_copy AND outbox.send_at > strftime('%s', 'now') + 0
+        GROUP BY m.id;
+    DELETE FROM outbox WHERE message_id IN (SELECT id FROM scheduled);
+    DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
+    UPDATE messages SET reply_to = NULL WHERE reply_to IN (SELECT id FROM scheduled);
+    UPDATE scheduled SET reply_to = NULL WHERE reply_to IN (SELECT id FROM scheduled);
+    ALTER TABLE outbox ADD COLUMN is_first INTEGER;
+    UPDATE outbox SET is_first = send_at >= 0
+        AND id - 1 NOT IN (SELECT id FROM outbox WHERE NOT is_last);
+    DROP TABLE idempotency_keys
     """
 }
 
@@ -1037,14 +1053,16 @@ def add_user(db, username, password_hash):
     return added and added["id"]
 
 
+# The columns of a user, wherever one is read.
+USER = "users.id, username, password, tokens_from"
+
+
 def find_user(db, user_id):
-    return db.one("SELECT id, username, password, tokens_from FROM users WHERE id = ?", user_id)
+    return db.one(f"SELECT {USER} FROM users WHERE id = ?", user_id)
 
 
 def find_user_by_name(db, username):
-    return db.one(
-        "SELECT id, username, password, tokens_from FROM users WHERE username = ?", username
-    )
+    return db.one(f"SELECT {USER} FROM users WHERE username = ?", username)
 
 
 def set_password(db, user_id, old_hash, new_hash):
@@ -1066,16 +1084,13 @@ def set_password(db, user_id, old_hash, new_hash):
 
 def add_key(db, user_id, name, key, expires_at):
     """Remember a key by its hash."""
-    db.run(
-        """
-        INSERT INTO api_keys (user_id, name, key_hash, created_at, expires_at)
-        VALUES (?, ?, ?, ?, ?)
-        """,
-        user_id,
-        name,
-        sha256(key),
-        iso(now()),
-        expires_at and iso(expires_at),
+    db.insert(
+        "api_keys",
+        user_id=user_id,
+        name=name,
+        key_hash=sha256(key),
+        created_at=iso(now()),
+        expires_at=expires_at and iso(expires_at),
     )
 
 
@@ -1091,10 +1106,10 @@ def list_keys(db, user_id):
 
 
 def find_key_user(db, key):
-    """A key's (user's id, username, key_id, expires_at, last_used_on), or None."""
+    """Return the user of an API key, with its key_id, expires_at and last_used_on, or None."""
     return db.one(
-        """
-        SELECT users.id, username, api_keys.id AS key_id, expires_at, last_used_on
+        f"""
+        SELECT {USER}, api_keys.id AS key_id, expires_at, last_used_on
         FROM api_keys JOIN users ON users.id = user_id WHERE key_hash = ?
         """,
         sha256(key),
@@ -1121,11 +1136,7 @@ def set_keys_used(db, key_ids):
 
 def add_blacklisted_token(db, jti, expires_at):
     """End a refresh token before its time."""
-    db.run(
-        "INSERT INTO blacklisted_tokens (jti, expires_at) VALUES (?, ?) ON CONFLICT DO NOTHING",
-        jti,
-        expires_at,
-    )
+    db.insert("blacklisted_tokens", "REPLACE", jti=jti, expires_at=expires_at)
 
 
 def is_blacklisted(db, jti):
@@ -1138,19 +1149,17 @@ def sha256(text):
 
 def add_link_token(db, user_id, token, expires_at):
     """Remember a link token by its hash; the user's earlier one is dead from now on."""
-    db.run(
-        "INSERT OR REPLACE INTO link_tokens (user_id, token_hash, expires_at) VALUES (?, ?, ?)",
-        user_id,
-        sha256(token),
-        expires_at,
+    token_hash = sha256(token)
+    db.insert(
+        "link_tokens", "REPLACE", user_id=user_id, token_hash=token_hash, expires_at=expires_at
     )
 
 
 def find_link_token_user(db, token):
-    """The user the token was made for, or None when it is wrong, used, replaced or too old."""
+    """Return the token's user, or None if the token is wrong, used, replaced or too old."""
     return db.one(
-        """
-        SELECT users.id, username FROM link_tokens JOIN users ON users.id = user_id
+        f"""
+        SELECT {USER} FROM link_tokens JOIN users ON users.id = user_id
         WHERE token_hash = ? AND expires_at > ?
         """,
         sha256(token),
@@ -1185,16 +1194,16 @@ def set_offset(db, bot_id, next_update_id):
 
 
 def set_chat(db, chat, user_id, token):
-    """From now on this chat, and no other, speaks for this user, and for no other."""
-    db.run(
-        """
-        INSERT OR REPLACE INTO chats (bot_id, chat_id, user_id, linked_at, token_hash)
-        VALUES (?, ?, ?, ?, ?)
-        """,
-        *chat,
-        user_id,
-        iso(now()),
-        sha256(token),
+    """Let this chat, and no other, speak for this user, and for no other."""
+    bot_id, chat_id = chat
+    db.insert(
+        "chats",
+        "REPLACE",
+        bot_id=bot_id,
+        chat_id=chat_id,
+        user_id=user_id,
+        linked_at=iso(now()),
+        token_hash=sha256(token),
     )
 
 
@@ -1214,10 +1223,10 @@ def count_elsewhere(db, bot_id):
 
 
 def find_chat_user(db, chat):
-    """The user the chat is linked to, with the hash of the token that did it, or None."""
+    """Return the user the chat is linked to, with the token_hash that did it, or None."""
     return db.one(
-        """
-        SELECT users.id, username, token_hash FROM chats JOIN users ON users.id = user_id
+        f"""
+        SELECT {USER}, token_hash FROM chats JOIN users ON users.id = user_id
         WHERE bot_id = ? AND chat_id = ?
         """,
         *chat,
@@ -1251,28 +1260,14 @@ def set_edited(db, chat, message_id, text):
     )
 
 
-def add_message(db, sender_id, recipient_id, text, source, delivery, send_at, reply_to, choices):
+def add_message(db, sender_id, recipient_id, **columns):
     """Store a message. Returns its id."""
     db.changed_for |= {sender_id, recipient_id}
-    return db.run(
-        """
-        INSERT INTO messages
-        (sender_id, recipient_id, text, created_at, source, delivery, send_at, reply_to, choices)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        sender_id,
-        recipient_id,
-        text,
-        iso(now()),
-        source,
-        delivery,
-        iso(send_at) if send_at else None,
-        reply_to,
-        choices,
-    ).lastrowid
+    users = {"sender_id": sender_id, "recipient_id": recipient_id}
+    return db.insert("messages", created_at=iso(now()), **users, **columns)
 
 
-# A message as it is answered, in UTF-8, behind its id.
+# Messages as they are answered, in UTF-8, each after its id.
 SELECT_MESSAGE = """
     SELECT m.id AS id, CAST(json_object(
         'id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
@@ -1282,33 +1277,57 @@ SELECT_MESSAGE = """
     FROM messages AS m
     JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
     """
+SELECT_SCHEDULED = SELECT_MESSAGE.replace("messages AS m", "scheduled AS m")
 
 
 def find_message(db, message_id, user_id):
-    """A message's JSON, or None when there is none or it is not the user's."""
-    own = "WHERE m.id = ? AND ? IN (m.sender_id, m.recipient_id)"
-    row = db.one(f"{SELECT_MESSAGE} {own}", message_id, user_id)
+    """Return a message's JSON, or None if there is none or it is not the user's.
+
+    A scheduled message is its sender's alone.
+    """
+    row = db.one(
+        f"""
+        {SELECT_MESSAGE} WHERE m.id = :id AND :user IN (m.sender_id, m.recipient_id)
+        UNION ALL {SELECT_SCHEDULED} WHERE m.id = :id AND m.sender_id = :user
+        """,
+        id=message_id,
+        user=user_id,
+    )
     return row[1] if row else None
 
 
+def find_new_id(db, message_id, user_id):
+    """Return the id that a scheduled message of the user's got when it was published.
+
+    Any other id comes back as it is.
+    """
+    row = db.one(
+        "SELECT id FROM messages WHERE scheduled_id = ? AND sender_id = ?", message_id, user_id
+    )
+    return row["id"] if row else message_id
+
+
 def find_other_user(db, message_id, user_id):
-    """The other person of a message that the user sent or received, or None."""
+    """Return the other person of a message that the user sent or received, or None."""
     return db.one(
-        """
-        SELECT users.id, username FROM messages
-        JOIN users ON users.id = CASE sender_id WHEN ?2 THEN recipient_id ELSE sender_id END
-        WHERE messages.id = ?1 AND ?2 IN (sender_id, recipient_id)
+        f"""
+        SELECT {USER} FROM messages
+        JOIN users ON users.id = CASE sender_id WHEN :user THEN recipient_id ELSE sender_id END
+        WHERE messages.id = :id AND :user IN (sender_id, recipient_id)
         """,
-        message_id,
-        user_id,
+        id=message_id,
+        user=user_id,
     )
 
 
 def find_choice(db, user_id, message_id, n):
-    """(the asker's id, username, the nth choice or None) of a question that waits for the user."""
+    """Return who asked a question that waits for the user, with the text of its choice n, or None.
+
+    The text is None where there are fewer choices.
+    """
     return db.one(
-        """
-        SELECT users.id, username, json_extract(choices, '$[' || ? || ']') AS text
+        f"""
+        SELECT {USER}, json_extract(choices, '$[' || ? || ']') AS text
         FROM messages JOIN users ON users.id = sender_id
         WHERE messages.id = ? AND recipient_id = ? AND NOT was_chosen AND delivery <> 'cancelled'
         """,
@@ -1364,6 +1383,15 @@ OWN_ANSWERS = own_messages("""
     """)
 
 
+OWN_SCHEDULED = Listing(
+    "SELECT id FROM scheduled WHERE sender_id = :user AND id > :after AND id < :before",
+    f"""
+    {SELECT_SCHEDULED}
+    WHERE m.sender_id = :user AND m.id > :after AND m.id < :before ORDER BY m.id
+    """,
+)
+
+
 def find_page_end(db, listing, page, order):
     """The id of a page's last row and, if there are more, the next one's.
 
@@ -1382,29 +1410,32 @@ def list_rows(db, listing, page):
 
 
 def is_queue_full(db, sender_id, recipient_id):
-    """Whether as many messages of one to the other wait to be sent as may."""
+    """Return whether as many messages of one to the other wait, queued or scheduled, as may."""
     last = db.one(
         """
-        SELECT 1 FROM messages WHERE sender_id = ? AND recipient_id = ? AND delivery = 'queued'
-        LIMIT 1 OFFSET ?
+        SELECT 1 FROM messages
+        WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued'
+        UNION ALL
+        SELECT 1 FROM scheduled WHERE sender_id = :sender AND recipient_id = :recipient
+        LIMIT 1 OFFSET :most - 1
         """,
-        sender_id,
-        recipient_id,
-        MAX_QUEUED - 1,
+        sender=sender_id,
+        recipient=recipient_id,
+        most=MAX_QUEUED,
     )
     return last is not None
 
 
 def cancel_message(db, message_id):
-    """Nothing more of it is sent. False when that is too late for the recipient's copy."""
+    """Let no more of a message be sent. Returns False if something of it has been."""
     users = db.run(
         """
         UPDATE messages SET delivery = 'cancelled'
-        WHERE id = ?1 AND delivery = 'queued' AND NOT EXISTS (
-            SELECT 1 FROM outbox WHERE message_id = ?1 AND NOT is_own_copy AND send_at < 0)
+        WHERE id = :id AND delivery = 'queued' AND EXISTS (
+            SELECT 1 FROM outbox WHERE message_id = :id AND NOT is_own_copy AND is_first)
         RETURNING sender_id, recipient_id
         """,
-        message_id,
+        id=message_id,
     ).fetchall()
     if users:
         # Not deleted: while an own copy is in flight, nothing else may get its id.
@@ -1420,38 +1451,77 @@ def cancel_message(db, message_id):
     return users != []
 
 
-# What is forgotten, some of it with each statement.
-FORGET = (
-    """
-    DELETE FROM blacklisted_tokens WHERE jti IN (
-        SELECT jti FROM blacklisted_tokens WHERE expires_at < :now LIMIT :most)
-    """,
-    """
-    DELETE FROM link_tokens WHERE user_id IN (
-        SELECT user_id FROM link_tokens WHERE expires_at < :now LIMIT :most)
-    """,
-    """
-    DELETE FROM heard WHERE (bot_id, chat_id, message_id) IN (
-        SELECT bot_id, chat_id, message_id FROM heard WHERE heard_at < :heard_before LIMIT :most)
-    """,
-    """
-    DELETE FROM idempotency_keys WHERE (user_id, key) IN (
-        SELECT user_id, key FROM idempotency_keys WHERE used_at < :used_before LIMIT :most)
-    """,
-    """
-    DELETE FROM outbox WHERE id IN (
-        SELECT id FROM outbox WHERE given_up_at < :sent_before LIMIT :most)
-    """,
-    """
-    DELETE FROM relayed WHERE message_id IN (
-        SELECT id FROM messages WHERE coalesce(send_at, created_at) < :sent_before AND id IN (
+def add_scheduled(db, sender_id, send_at, recipient_id, **columns):
+    """Store a message that is to be published. Returns its id, which no message has or gets."""
+    db.changed_for.add(sender_id)
+    (message_id,) = db.one(
+        "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'messages' RETURNING seq"
+    )
+    db.insert(
+        "scheduled",
+        id=message_id,
+        sender_id=sender_id,
+        recipient_id=recipient_id,
+        created_at=iso(now()),
+        send_at=iso(send_at),
+        **columns,
+    )
+    return message_id
+
+
+def list_due_scheduled(db):
+    """Return the ids of some scheduled messages that are due, in their order."""
+    rows = db.run(
+        "SELECT id FROM scheduled WHERE send_at <= ? ORDER BY send_at, id LIMIT ?",
+        iso(now()),
+        PORTION_ROWS,
+    )
+    return [row["id"] for row in rows]
+
+
+def set_send_at(db, message_id, send_at):
+    """Publish a scheduled message at another time."""
+    db.run("UPDATE scheduled SET send_at = ? WHERE id = ?", iso(send_at), message_id)
+
+
+def delete_scheduled(db, message_id):
+    """Delete a scheduled message. Returns it, or None if it was published or cancelled before."""
+    message = db.one(
+        """
+        DELETE FROM scheduled WHERE id = ? RETURNING
+            id AS scheduled_id, sender_id, recipient_id, text, send_at, silent, reply_to, choices
+        """,
+        message_id,
+    )
+    if message:
+        db.changed_for.add(message["sender_id"])
+    return message
+
+
+def delete_all_scheduled(db, sender_id):
+    """Cancel what the sender has scheduled."""
+    db.run("DELETE FROM scheduled WHERE sender_id = ?", sender_id)
+
+
+# What is forgotten: table: (its key, which rows are old).
+FORGET = {
+    "blacklisted_tokens": ("jti", "expires_at < :now"),
+    "link_tokens": ("user_id", "expires_at < :now"),
+    "heard": ("bot_id, chat_id, message_id", "heard_at < :heard_before"),
+    "idempotency_keys": ("user_id, key", "used_at < :used_before"),
+    "outbox": ("id", "given_up_at < :sent_before"),
+    "relayed": (
+        "message_id",
+        """
+        message_id IN (SELECT id FROM messages WHERE created_at < :sent_before AND id IN (
             SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT :most))
-    """,
-)
+        """,
+    ),
+}
 
 
 def forget_some(db):
-    """Forget some of what has had its time. False when there is no more."""
+    """Forget some of what is old. Returns whether there was something."""
     values = {
         "now": now(),
         "heard_before": now() - HEARD_SECONDS,
@@ -1459,7 +1529,11 @@ def forget_some(db):
         "sent_before": iso(now() - KEEP_SENT_DAYS * 86_400),
         "most": PORTION_ROWS,
     }
-    return sum(db.execute(statement, values).rowcount for statement in FORGET) > 0
+    found = 0
+    for table, (key, old) in FORGET.items():
+        some = f"SELECT {key} FROM {table} WHERE {old} LIMIT :most"
+        found += db.run(f"DELETE FROM {table} WHERE ({key}) IN ({some})", **values).rowcount
+    return found > 0
 
 
 def list_old_messages(db, after):
@@ -1482,30 +1556,27 @@ def delete_messages(db, ids):
     db.run("DELETE FROM messages WHERE id IN (SELECT value FROM json_each(?))", ids)
 
 
-def add_idempotency_key(db, user_id, key, request_hash, message_id, delivery):
+def add_idempotency_key(db, user_id, key, request_hash, answer):
     """Remember what a request with this key was answered."""
-    db.run(
-        """
-        INSERT OR REPLACE INTO idempotency_keys
-        (user_id, key, request_hash, message_id, delivery, used_at) VALUES (?, ?, ?, ?, ?, ?)
-        """,
-        user_id,
-        key,
-        request_hash,
-        message_id,
-        delivery,
-        now(),
+    db.insert(
+        "idempotency_keys",
+        "REPLACE",
+        user_id=user_id,
+        key=key,
+        request_hash=request_hash,
+        answer=answer,
+        used_at=now(),
     )
 
 
 def find_idempotency_key(db, user_id, key):
-    """(request hash, message id, delivery) of the user's request with this key, or None.
+    """(request hash, answer) of the user's request with this key, or None.
 
     A key counts for a day.
     """
     return db.one(
         """
-        SELECT request_hash, message_id, delivery FROM idempotency_keys
+        SELECT request_hash, answer FROM idempotency_keys
         WHERE user_id = ? AND key = ? AND used_at >= ?
         """,
         user_id,
@@ -1514,34 +1585,18 @@ def find_idempotency_key(db, user_id, key):
     )
 
 
-def add_delivery(db, chat, text, message_id, is_own_copy, is_last, silent, send_at, thread_id):
+def add_delivery(db, chat, **columns):
     """Queue one Telegram message."""
-    db.run(
-        """
-        INSERT INTO outbox
-        (bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at, thread_id,
-            queued_at)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        *chat,
-        text,
-        message_id,
-        is_own_copy,
-        is_last,
-        silent,
-        send_at,
-        thread_id,
-        now(),
-    )
-    db.queued_for.add(tuple(chat))
+    bot_id, chat_id = chat
+    db.insert("outbox", bot_id=bot_id, chat_id=chat_id, queued_at=now(), **columns)
+    db.queued_for.add((bot_id, chat_id))
 
 
 def list_queue(db, chat):
     """The ids of the deliveries that are queued for a chat."""
     rows = db.run(
         """
-        SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
-        ORDER BY send_at, id
+        SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY id
         """,
         *chat,
     )
@@ -1562,33 +1617,30 @@ def move_queue(db, chat, to_chat):
 
 
 def list_queues(db, bot_id):
-    """(chat id, Again) of each chat with something queued.
+    """Return (chat id, Again) for each chat with something queued.
 
-    The clock may have been set back: no chat waits longer than the pause of its last try. A chat
-    that was told to wait does, though something else in it may come first by now.
+    The clock may have been set back, so no chat waits longer than the pause after its last try.
     """
+    # SQLite takes due_at, pause and error from the row of the maximum: the one tried last.
     queues = db.run(
         """
-        SELECT chat_id, max(0, min(send_at) - ?1, (
-                SELECT min(due_at - ?1, pause) FROM outbox AS tried
-                WHERE bot_id = ?2 AND chat_id = outbox.chat_id AND given_up_at IS NULL
-                ORDER BY due_at - pause DESC LIMIT 1)),
-            CASE WHEN max(due_at) <= max(min(send_at), ?1) THEN 'early'
-                WHEN max(error LIKE '429 %') THEN 'told' ELSE 'failed' END
-        FROM outbox WHERE bot_id = ?2 AND given_up_at IS NULL GROUP BY chat_id
+        SELECT chat_id, max(due_at - pause), max(0, min(due_at - :now, pause)),
+            CASE WHEN due_at <= :now THEN 'early'
+                WHEN error LIKE '429 %' THEN 'told' ELSE 'failed' END
+        FROM outbox WHERE bot_id = :bot AND given_up_at IS NULL GROUP BY chat_id
         """,
-        now(),
-        bot_id,
+        now=now(),
+        bot=bot_id,
     )
-    return [(chat_id, Again(seconds, why)) for chat_id, seconds, why in queues]
+    return [(chat_id, Again(seconds, why)) for chat_id, _, seconds, why in queues]
 
 
 def list_due(db, bot_id):
-    """The ids of the chats in which something is to be sent by now."""
+    """Return the ids of the chats in which something is due."""
     rows = db.run(
         """
         SELECT DISTINCT chat_id FROM outbox
-        WHERE bot_id = ?1 AND given_up_at IS NULL AND send_at <= ?2 AND due_at <= ?2
+        WHERE bot_id = ? AND given_up_at IS NULL AND due_at <= ?
         """,
         bot_id,
         now(),
@@ -1597,19 +1649,18 @@ def list_due(db, bot_id):
 
 
 def find_head(db, bot_id, chat_id):
-    """The delivery whose turn it is in a chat, now or at its send_at, or None when all is said."""
+    """Return the delivery that is next in a chat, with its choices and replied_id, or None."""
     return db.one(
         """
-        SELECT id, bot_id, chat_id, text, message_id, is_own_copy, is_last, silent, send_at,
-            thread_id, attempts, due_at, pause, failing_since, missing_since,
+        SELECT outbox.*,
             (SELECT choices FROM messages
                 WHERE id = message_id AND is_last AND NOT is_own_copy) AS choices,
             (SELECT min(telegram_message_id) FROM relayed JOIN messages AS m
                 ON relayed.message_id = m.reply_to
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
-                AND relayed.chat_id = outbox.chat_id AND outbox.send_at >= 0) AS replied_id
+                AND relayed.chat_id = outbox.chat_id AND is_first) AS replied_id
         FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
-        ORDER BY send_at, id LIMIT 1
+        ORDER BY id LIMIT 1
         """,
         bot_id,
         chat_id,
@@ -1617,28 +1668,21 @@ def find_head(db, bot_id, chat_id):
 
 
 def count_waiting(db, bot_id):
-    """(how many deliveries of the bot are due, since when the oldest is, or None).
+    """(how many deliveries of the bot are queued, since when the oldest is, or None).
 
     In seconds since 1970.
     """
     return db.one(
         """
-        SELECT count(*), min(max(queued_at, send_at)) FROM outbox
-        WHERE bot_id = ? AND given_up_at IS NULL AND send_at <= ?
+        SELECT count(*), min(queued_at) FROM outbox WHERE bot_id = ? AND given_up_at IS NULL
         """,
         bot_id,
-        now(),
     )
 
 
-# Nothing comes between the parts of a text. Was an earlier one given up, the copy has failed, and
-# stays so.
+# Was an earlier part of a text given up, the copy has failed, and stays so.
 SETTLE_SENT = (
     "DELETE FROM outbox WHERE id = :id",
-    """
-    UPDATE outbox SET queued_at = max(queued_at, send_at), send_at = -1
-    WHERE id = :id + 1 AND NOT :is_last
-    """,
     """
     UPDATE messages SET delivery = 'sent'
     WHERE id = :message_id AND delivery = 'queued' AND :is_last AND NOT :is_own_copy
@@ -1660,19 +1704,19 @@ def settle_sent(db, delivery, telegram_message_id):
 
 
 def settle_later(db, delivery, pause, error, is_missing):
-    """The delivery failed for now; it is due again after the pause."""
+    """Let a delivery that failed for now be due again after a pause, in seconds."""
     db.run(
         """
-        UPDATE outbox SET attempts = attempts + 1, pause = ?1, due_at = ?2 + ?1, error = ?3,
-            failing_since = coalesce(failing_since, ?2),
-            missing_since = CASE WHEN ?4 THEN coalesce(missing_since, ?2) END
-        WHERE id = ?5
+        UPDATE outbox SET attempts = attempts + 1, pause = :pause, due_at = :now + :pause,
+            error = :error, failing_since = coalesce(failing_since, :now),
+            missing_since = CASE WHEN :is_missing THEN coalesce(missing_since, :now) END
+        WHERE id = :id
         """,
-        pause,
-        now(),
-        error,
-        is_missing,
-        delivery["id"],
+        id=delivery["id"],
+        now=now(),
+        pause=pause,
+        error=error,
+        is_missing=is_missing,
     )
 
 
@@ -1886,51 +1930,74 @@ message_limiter, text_only_limiter, group_limiter = Limiter(), Limiter(), Limite
 # Queue what the bot shall say; then one delivery, one round, the loop.
 
 
-def queue_text(
-    db,
-    chat,
-    text,
-    username="",
-    message_id=None,
-    is_own_copy=False,
-    silent=False,
-    send_at=0,
-    thread_id=None,
-):
+def queue_text(db, chat, text, username="", **columns):
     """Queue what the bot shall say in a chat, in as many parts as Telegram needs.
 
-    `chat` is (bot id, chat id), or None: then there is nowhere to say it. `username` is whose text
-    it is, `message_id` the message that it is a copy of, for its recipient or for its sender.
+    `chat` is (bot id, chat id), or None: then there is nowhere to say it. `username` names whose
+    text it is, `columns` are other columns of the outbox.
     """
     parts = split_text(text, username) if chat else ()
-    for n, part_text in enumerate(parts, 1):
-        is_last = n == len(parts)
-        add_delivery(
-            db, chat, part_text, message_id, is_own_copy, is_last, silent, send_at, thread_id
-        )
+    for n, part in enumerate(parts, 1):
+        ends = {"is_first": n == 1, "is_last": n == len(parts)}
+        add_delivery(db, chat, text=part, **ends, **columns)
 
 
-def relay(
-    db, sender, recipient, text, source, silent=False, send_at=0, reply_to=None, choices=None
-):
+def relay(db, sender, recipient, text, source, silent=False, **columns):
     """Store a message and queue its copies, for the recipient's chat and for the sender's own.
 
-    Returns its (id, delivery).
+    `columns` are other columns of the message. Returns its (id, delivery).
     """
-    send_at = send_at if send_at > now() else 0
-    chat = find_chat(db, recipient["id"])
+    ids, chat = (sender["id"], recipient["id"]), find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
-    users = sender["id"], recipient["id"]
-    message_id = add_message(db, *users, text, source, delivery, send_at, reply_to, choices)
-    copies = [(chat, OWN_COPY)]
-    if sender["id"] != recipient["id"]:
-        copies = [(chat, FROM_ANOTHER), (find_chat(db, sender["id"]), OWN_COPY_FOR)]
-    username = sender["username"]
-    for chat, words in copies:
-        its_text = words.format(username=username, recipient=recipient["username"], text=text)
-        is_own_copy = words is OWN_COPY_FOR
-        queue_text(db, chat, its_text, username, message_id, is_own_copy, silent, send_at)
+    message_id = add_message(db, *ids, text=text, source=source, delivery=delivery, **columns)
+
+    def queue_copy(chat, words, is_own_copy=False):
+        username, about = sender["username"], {"message_id": message_id, "silent": silent}
+        copy = words.format(username=username, recipient=recipient["username"], text=text)
+        queue_text(db, chat, copy, username, is_own_copy=is_own_copy, **about)
+
+    if ids[0] == ids[1]:
+        queue_copy(chat, OWN_COPY)
+    else:
+        queue_copy(chat, FROM_ANOTHER)
+        queue_copy(find_chat(db, sender["id"]), OWN_COPY_FOR, is_own_copy=True)
     return message_id, delivery
+
+
+def publish(db, message_id):
+    """Make a scheduled message a message, as if it were posted now."""
+    if row := delete_scheduled(db, message_id):
+        message = dict(row)
+        users = [find_user(db, message.pop(key)) for key in ("sender_id", "recipient_id")]
+        relay(db, *users, source="api", **message)
+
+
+def publish_due():
+    """Publish what is due, as much as takes PUBLISH_SECONDS. Returns False if nothing is.
+
+    A message that cannot be published holds up no other: it is scheduled again.
+    """
+    if not (due := list_due_scheduled(connection())):
+        return False
+    with transaction() as db:
+        ends_at = ticks() + PUBLISH_SECONDS
+        for message_id in due:
+            try:
+                with transaction():
+                    publish(db, message_id)
+            except Exception as error:
+                if is_outage(error):
+                    raise
+                log.error(f"message {message_id} is scheduled again", exc_info=without_text(error))
+                set_send_at(db, message_id, now() + PUBLISH_AGAIN_SECONDS)
+            if ticks() >= ends_at:
+                break
+    return True
+
+
+def without_text(error):
+    """Return an exception for the log without its text, which may quote a message."""
+    return type(error), None, error.__traceback__
 
 
 def wait_to_send(db, sender, recipients):
@@ -2094,15 +2161,14 @@ def put_off(home, delivery, reason, retry_after=None, is_missing=False):
 
 def deliver_head(home, chat_id):
     """Deliver what is next in a chat. Says when its turn comes again, None when all is said."""
-    head = find_head(connection(), home.id, chat_id)
-    if head and head["send_at"] <= now():
-        # It may have been cancelled before we claimed it.
-        if not turns.claim(chat_id, head) or find_head(connection(), home.id, chat_id) != head:
-            return Again(0.5, "failed")
-        if again := deliver(home, head):
-            return again
-        head = find_head(connection(), home.id, chat_id)
-    return Again(max(0, head["send_at"] - now()), "early") if head else None
+    if not (head := find_head(connection(), home.id, chat_id)):
+        return None
+    # It may have been cancelled before we claimed it.
+    if not turns.claim(chat_id, head) or find_head(connection(), home.id, chat_id) != head:
+        return Again(0.5, "failed")
+    if again := deliver(home, head):
+        return again
+    return Again(0, "early") if find_head(connection(), home.id, chat_id) else None
 
 
 def deliver_next(home, wait_seconds=0):
@@ -2171,11 +2237,12 @@ def run_upkeep(home, stop):
             wake_due(home)
             # The rest may be waiting for others who write.
             spent = ticks() - started_at
+            is_done = not publish_due()
             note_used_keys()
             if ticks() >= search_at:
                 steps, search_at = forget(), ticks() + FORGET_SECONDS
-            is_done = next(steps, True)
-        except sqlite3.Error:
+            is_done = next(steps, True) and is_done
+        except Exception:
             log.exception("upkeep failed; trying again")
         # A twentieth of the time at most.
         stop.wait(max(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS, 20 * spent))
@@ -2430,9 +2497,7 @@ def receive_or_skip(bot_id, update):
         if is_outage(error):
             raise
         update_id = pick(update, "update_id", int)
-        # The exception's own text may quote the message.
-        quiet = (type(error), None, error.__traceback__)
-        log.error(f"update {update_id} is skipped", exc_info=quiet)
+        log.error(f"update {update_id} is skipped", exc_info=without_text(error))
     if update_id is not None:
         with transaction() as db:
             set_offset(db, bot_id, update_id + 1)
@@ -2828,8 +2893,8 @@ li button { padding: 0 .5rem; min-height: 1.6rem; } li [name=choose] { padding: 
 [name=cancel] { animation: late 1s step-end; } @keyframes late { from { visibility: hidden; } }
 output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 [hidden], p:empty, span:empty, #linked:empty ~ button, body:not(.in) .in, body:not(.out) .out,
-.closed .open, .mine [name=reply], li:not(.long) [name=fold], :not(.queued) + [name=cancel],
-.delivery:not(.failed) ~ [name=again] { display: none !important; }
+.closed .open, .mine [name=reply], li:not(.long) [name=fold], .delivery:not(.failed) ~ [name=again],
+:not(.queued, .scheduled) + [name=cancel] { display: none !important; }
 </style>
 <header class="row apart"><h1>FactoryApp</h1>
     <form class="row in"><b id="me"></b> <button name="log_out">Log out</button></form>
@@ -2855,7 +2920,7 @@ output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pat
 </form>
 <div id="stream" class="card in" role="region" aria-label="Messages" tabindex="0"><div>
     <button id="earlier" name="earlier" hidden>Earlier messages</button>
-    <ol id="messages"></ol>
+    <ol id="messages"></ol> <ol id="scheduled" aria-label="Scheduled"></ol>
     <p id="nothing" class="small"></p></div></div>
 <p id="trouble" class="error" role="status"></p>
 <p id="complaint" class="error" role="alert"></p>
@@ -2977,7 +3042,7 @@ function showDelivery(message) {
     const {delivery, failure, send_at, recipient} = item.message = message;
     element.className = `delivery ${delivery}`;
     write(element, {
-        queued: send_at ? `goes out ${MOMENT.format(new Date(send_at))}` : "waiting",
+        scheduled: `goes out ${MOMENT.format(new Date(send_at))}`, queued: "waiting",
         sent: "delivered", cancelled: "cancelled",
         failed: `not delivered: ${failure?.replace(/^\d+ [\w ]+: /, "")}`,
         unlinked: `${isMine({sender: recipient}) ? "you have" : `${recipient} has`} no chat linked`,
@@ -3111,12 +3176,14 @@ async function watch() {
         }
     }
 }
-// What follows on the last that is shown, or on the one before the first that still waits: by its
-// ETag, the same comes only once it has changed.
+// Asks for the last WATCHED messages and what is new: by its ETag, the same list comes only once it
+// has changed.
 async function listNews({after, etag}, signal) {
+    const {value} = await ask("GET", "api/messages/?delivery=scheduled&limit=200", {signal});
+    $("scheduled").replaceChildren(...value.map(newItem));
+    value.forEach(showDelivery);
     const seen = $("messages").lastElementChild?.message.id || 0;
-    const first = document.querySelector(`li:nth-last-child(-n + ${WATCHED}) .queued`);
-    const from = first ? first.closest("li").message.id - 1 : seen;
+    const from = ([...$("messages").children].slice(-WATCHED)[0]?.message.id ?? 1) - 1;
     const wait = document.hidden || $("trouble").textContent ? 0 : WAIT_SECONDS, began = Date.now();
     const headers = after === from && etag ? {"If-None-Match": etag} : {};
     const path = `api/messages/?after=${from}&limit=200&wait=${wait}`;
@@ -4427,9 +4494,10 @@ def list_all_users(user, **page):
 def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
-    It is stored and its copies are queued, together or not at all. With an Idempotency-Key, a
-    retry stores nothing more. The text may also come as text/plain, the other fields then in the
-    query string. To one other person: 100 at once, then one a second.
+    It is stored and its copies are queued, together or not at all. With a send_at it is scheduled:
+    yours alone until then, when it becomes a message as if you posted it, with a new id. With an
+    Idempotency-Key, a retry stores nothing more. The text may also come as text/plain, the other
+    fields then in the query string. To one other person: 100 at once, then one a second.
     """
     is_list = isinstance(recipient, list)
     if is_list:
@@ -4439,19 +4507,20 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     request_hash = sha256(repr((text, recipient, silent, send_at, reply_to, choices)))
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
-            answered = replay(db, user, request_hash, earlier)
-            return answered if is_list else answered[0]
+            return replay(request_hash, earlier)
+        reply_to = reply_to and find_new_id(db, reply_to, user["id"])
         recipients = find_recipients(db, user, recipient, reply_to)
         refuse_for(wait_to_send(db, user, recipients))
-        sent = [
-            relay(db, user, to, text, "api", bool(silent), send_at or 0, reply_to, choices)
-            for to in recipients
-        ]
+        message = {"text": text, "silent": bool(silent), "reply_to": reply_to, "choices": choices}
+        if send_at and send_at > now():
+            ids = [add_scheduled(db, user["id"], send_at, to["id"], **message) for to in recipients]
+        else:
+            ids = [relay(db, user, to, source="api", **message)[0] for to in recipients]
+        messages = [find_message(db, message_id, user["id"]) for message_id in ids]
+        answer = b"[%s]" % b",".join(messages) if is_list else messages[0]
         if key:
-            deliveries = ",".join(delivery for _, delivery in sent)
-            add_idempotency_key(db, user["id"], key, request_hash, sent[0][0], deliveries)
-        messages = [find_message(db, message_id, user["id"]) for message_id, _ in sent]
-    return b"[%s]" % b",".join(messages) if is_list else messages[0]
+            add_idempotency_key(db, user["id"], key, request_hash, answer)
+    return answer
 
 
 def find_recipients(db, user, recipient, reply_to):
@@ -4480,19 +4549,12 @@ def read_idempotency_key():
     return key
 
 
-def replay(db, user, request_hash, earlier):
-    """The messages that a request with this key was answered before, whose ids are consecutive.
-
-    Raises HTTPError 422 when it was another request.
-    """
+def replay(request_hash, earlier):
+    """Return what a request with this key was answered. Raises HTTPError 422 if it was another."""
     if earlier["request_hash"] != request_hash:
         raise refusal(422, "This Idempotency-Key was used for another message: take a new key.")
     response.set_header("Idempotency-Replayed", "true")
-    return [
-        json.loads(find_message(db, message_id, user["id"]))
-        | {"delivery": delivery, "failure": None}
-        for message_id, delivery in enumerate(earlier["delivery"].split(","), earlier["message_id"])
-    ]
+    return earlier["answer"]
 
 
 @app.get("/api/messages/")
@@ -4516,11 +4578,14 @@ def replay(db, user, request_hash, earlier):
 def list_own_messages(user, delivery, reply_to, wait, **page):
     """List your messages.
 
-    All that you sent or received, or one page of it, oldest first.
+    All that you sent or received, or one page of it, oldest first. Scheduled messages are listed
+    by their delivery alone.
     """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
     if reply_to:
-        listing = OWN_ANSWERS
+        listing, reply_to = OWN_ANSWERS, find_new_id(connection(), reply_to, user["id"])
+    elif delivery == "scheduled":
+        listing = OWN_SCHEDULED
     body = answer_list(listing, user, delivery=delivery, reply_to=reply_to, **page)
     return answer_news(user, wait, body, body == b"[]") if isinstance(body, bytes) else body
 
@@ -4536,13 +4601,14 @@ def show_message(user, message_id, wait):
     One that you sent or received; of others you are told that they are not there.
     """
     message = own_message(user, message_id)
-    is_queued = wait and json.loads(message)["delivery"] == "queued"
+    is_queued = wait and json.loads(message)["delivery"] in ("scheduled", "queued")
     return answer_news(user, wait, message, is_queued)
 
 
 def own_message(user, message_id):
-    """A message's JSON. Raises HTTPError 404."""
-    message = find_message(connection(), min(int(message_id), MAX_ID), user["id"])
+    """Return a message's JSON, also by the id it was scheduled with. Raises HTTPError 404."""
+    message_id = find_new_id(connection(), min(int(message_id), MAX_ID), user["id"])
+    message = find_message(connection(), message_id, user["id"])
     if message is None:
         raise HTTPError(404)
     return message
@@ -4556,12 +4622,15 @@ def own_message(user, message_id):
 def cancel(user, message_id):
     """Cancel a message.
 
-    Nothing more is sent of one of yours, if nothing of it has reached its recipient.
+    Nothing more is sent of one of yours, if nothing of it has reached its recipient. A scheduled
+    one is deleted.
     """
     message = json.loads(own_message(user, message_id))
     if message["sender"] != user["username"]:
         raise refusal(403, "Only its sender can cancel a message.")
     with turns.hold(message["id"]) as is_free, transaction() as db:
+        if delete_scheduled(db, message["id"]):
+            return message | {"delivery": "cancelled"}
         if not is_free or not cancel_message(db, message["id"]):
             raise refusal(409, "Only what is queued, and not on its way yet, can be cancelled.")
         return find_message(db, message["id"], user["id"])
@@ -5502,8 +5571,10 @@ def administer(name, password_hash):
                 done = "its account is made"
             else:
                 raise nobody
-            if not password_hash and (chat := find_chat(db, user["id"])):
-                unlink_chat(db, chat, "the account was disabled")
+            if not password_hash:
+                delete_all_scheduled(db, user["id"])
+                if chat := find_chat(db, user["id"]):
+                    unlink_chat(db, chat, "the account was disabled")
     except sqlite3.Error as error:
         raise cannot_be_used(error) from None
     announce(f"{name}: {done}")

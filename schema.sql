@@ -90,7 +90,8 @@ CREATE TABLE IF NOT EXISTS messages (
     delivery     TEXT NOT NULL                       -- of the recipient's copy
         CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
     failure      TEXT,                               -- why that was given up, in Telegram's words
-    send_at      TEXT,                               -- its sender's wish: not before; NULL is at once
+    send_at      TEXT,                               -- when it was to be published; NULL: it was posted
+    scheduled_id INTEGER,                            -- what its id was until then, by which its sender finds it
     reply_to     INTEGER REFERENCES messages ON DELETE SET NULL,  -- the message it answers
     choices      TEXT,                               -- JSON array of the buttons below it
     was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1))  -- one of them was pressed
@@ -98,24 +99,46 @@ CREATE TABLE IF NOT EXISTS messages (
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
 CREATE INDEX IF NOT EXISTS messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS messages_by_scheduled_id ON messages (scheduled_id) WHERE scheduled_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS messages_queued ON messages (sender_id, recipient_id) WHERE delivery = 'queued';
 CREATE INDEX IF NOT EXISTS messages_by_sender_delivery ON messages (sender_id, delivery);
 CREATE INDEX IF NOT EXISTS messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE recipient_id <> sender_id;
+
+-- Messages that only their sender sees until send_at. Then each becomes a row of messages, with a new id. Ids here and there
+-- are of one sequence, that of messages.
+CREATE TABLE IF NOT EXISTS scheduled (
+    id           INTEGER PRIMARY KEY,
+    sender_id    INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    recipient_id INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
+    text         TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 16384),
+    created_at   TEXT NOT NULL,
+    send_at      TEXT NOT NULL,
+    silent       INTEGER NOT NULL CHECK (silent IN (0, 1)),
+    reply_to     INTEGER REFERENCES messages ON DELETE SET NULL,
+    choices      TEXT,
+    source       TEXT AS ('api'),                      -- these three are for reading it as a message
+    delivery     TEXT AS ('scheduled'),
+    failure      TEXT AS (NULL)
+) STRICT;
+CREATE INDEX IF NOT EXISTS scheduled_by_users ON scheduled (sender_id, recipient_id);
+CREATE INDEX IF NOT EXISTS scheduled_by_recipient ON scheduled (recipient_id);
+CREATE INDEX IF NOT EXISTS scheduled_by_time ON scheduled (send_at);
+CREATE INDEX IF NOT EXISTS scheduled_by_reply ON scheduled (reply_to) WHERE reply_to IS NOT NULL;
+INSERT INTO sqlite_sequence (name, seq)
+    SELECT 'messages', 0 WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'messages');
 
 -- What was answered to a POST with an Idempotency-Key, so that a retry is answered the same and stores nothing.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     user_id      INTEGER NOT NULL REFERENCES users ON DELETE CASCADE,
     key          TEXT NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
     request_hash BLOB NOT NULL,                    -- SHA-256 of the request's fields
-    message_id   INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE,  -- the first, where there are several: the others follow
-    delivery     TEXT NOT NULL,                    -- the messages', as it was answered, with commas between
+    answer       BLOB NOT NULL,                    -- JSON in UTF-8
     used_at      REAL NOT NULL,                    -- forgotten after a day
     PRIMARY KEY (user_id, key)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS idempotency_keys_by_age ON idempotency_keys (used_at);
-CREATE INDEX IF NOT EXISTS idempotency_keys_by_message ON idempotency_keys (message_id);
 
--- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of send_at, id.
+-- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of id.
 -- Sent rows are deleted, given-up ones stay with their reason for 90 days.
 CREATE TABLE IF NOT EXISTS outbox (
     id          INTEGER PRIMARY KEY,
@@ -124,9 +147,9 @@ CREATE TABLE IF NOT EXISTS outbox (
     text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
     message_id  INTEGER REFERENCES messages ON DELETE CASCADE,  -- that this is a copy of (a part of it); NULL: an answer of the bot
     is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
-    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
+    is_first    INTEGER NOT NULL DEFAULT 1 CHECK (is_first IN (0, 1)),  -- of the parts of that copy
+    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),
     silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
-    send_at     REAL NOT NULL DEFAULT 0,           -- its sender's wish: not before; 0 is at once
     queued_at   REAL NOT NULL,
     attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
     due_at      REAL NOT NULL DEFAULT 0,           -- after a failed attempt: not before
@@ -137,7 +160,7 @@ CREATE TABLE IF NOT EXISTS outbox (
     failing_since REAL,                            -- the first failed attempt
     missing_since REAL                             -- of the last attempts, the first that was told: chat not found
 ) STRICT;
-CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, send_at, id) WHERE given_up_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
 CREATE INDEX IF NOT EXISTS outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
