@@ -1503,7 +1503,7 @@ def delete_all_scheduled(db, sender_id):
     db.run("DELETE FROM scheduled WHERE sender_id = ?", sender_id)
 
 
-# What is forgotten: table: (its key, which rows are old).
+# What is deleted when it is old: {table: (its key, which rows are old)}.
 FORGET = {
     "blacklisted_tokens": ("jti", "expires_at < :now"),
     "link_tokens": ("user_id", "expires_at < :now"),
@@ -1517,16 +1517,24 @@ FORGET = {
             SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT :most))
         """,
     ),
+    "messages": (
+        "id",
+        """
+        created_at < :kept_from AND NOT EXISTS (
+            SELECT 1 FROM outbox WHERE message_id = messages.id AND given_up_at IS NULL)
+        """,
+    ),
 }
 
 
 def forget_some(db):
-    """Forget some of what is old. Returns whether there was something."""
+    """Delete some of what is old. Returns False if there was nothing."""
     values = {
         "now": now(),
         "heard_before": now() - HEARD_SECONDS,
         "used_before": now() - IDEMPOTENCY_SECONDS,
         "sent_before": iso(now() - KEEP_SENT_DAYS * 86_400),
+        "kept_from": iso(now() - settings.keep_days * 86_400) if settings.keep_days else "",
         "most": PORTION_ROWS,
     }
     found = 0
@@ -1534,26 +1542,6 @@ def forget_some(db):
         some = f"SELECT {key} FROM {table} WHERE {old} LIMIT :most"
         found += db.run(f"DELETE FROM {table} WHERE ({key}) IN ({some})", **values).rowcount
     return found > 0
-
-
-def list_old_messages(db, after):
-    """The ids of some messages beyond this one that --keep-days is over for."""
-    rows = db.run(
-        """
-        SELECT id FROM messages WHERE id > ? AND created_at < ? AND NOT EXISTS (
-            SELECT 1 FROM outbox WHERE message_id = messages.id AND given_up_at IS NULL)
-        ORDER BY id LIMIT ?
-        """,
-        after,
-        iso(now() - settings.keep_days * 86_400),
-        PORTION_ROWS,
-    )
-    return [row["id"] for row in rows]
-
-
-def delete_messages(db, ids):
-    """Forget messages, and what stands on them."""
-    db.run("DELETE FROM messages WHERE id IN (SELECT value FROM json_each(?))", ids)
 
 
 def add_idempotency_key(db, user_id, key, request_hash, answer):
@@ -2212,40 +2200,28 @@ def note_used_keys():
         used_keys.difference_update(key_ids)
 
 
-def forget():
-    """Forget what is old, a portion with each step."""
-    is_more = True
-    while is_more:
-        with transaction() as db:
-            is_more = forget_some(db)
-        yield
-    last = 0
-    while settings.keep_days and (ids := list_old_messages(connection(), last)):
-        with transaction() as db:
-            delete_messages(db, ids)
-        last = ids[-1]
-        yield
-
-
 def run_upkeep(home, stop):
     """Do what nobody waits for, until told to stop; what is old is forgotten each hour."""
-    steps, search_at, spent = (), 0, 0
+    forget_at, spent = 0, 0
     while not stop.is_set():
-        is_done = True
+        is_more = False
         started_at = ticks()
         try:
             wake_due(home)
             # The rest may be waiting for others who write.
             spent = ticks() - started_at
-            is_done = not publish_due()
+            is_more = publish_due()
             note_used_keys()
-            if ticks() >= search_at:
-                steps, search_at = forget(), ticks() + FORGET_SECONDS
-            is_done = next(steps, True) and is_done
+            if ticks() >= forget_at:
+                with transaction() as db:
+                    if forget_some(db):
+                        is_more = True
+                    else:
+                        forget_at = ticks() + FORGET_SECONDS
         except Exception:
             log.exception("upkeep failed; trying again")
         # A twentieth of the time at most.
-        stop.wait(max(UPKEEP_SECONDS if is_done else PORTION_PAUSE_SECONDS, 20 * spent))
+        stop.wait(max(PORTION_PAUSE_SECONDS if is_more else UPKEEP_SECONDS, 20 * spent))
 
 
 def announce(line):
