@@ -10,8 +10,8 @@ One message's journey:
   4. What people write to the bot arrives on the polling thread (Bot). The whole effect of an
      update, and the offset behind it, are one transaction.
 
-Threads: the serving thread reads every request and serves most. Those of the lanes take what would
-hold it up (LANES), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
+Threads: the serving thread reads every request and serves most. Those of the pools take what would
+hold it up (POOLS), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
 one sees to the upkeep. They share the database, `turns`, `news`, what is known of the bot, and the
 event that stops them, nothing else.
 
@@ -20,7 +20,7 @@ Rooms, each using only those above it:
   Texts     all the bot says, long texts          HTTP     errors, sign-in, fields, pages
   Turns     whose turn it is to be sent to        Routes   the requests, as a user meets them
   Store     one question, one function            OpenAPI  made from what the routes declare
-  Passwords and tokens                            Server   rounds and lanes; waitress is known here
+  Passwords and tokens                            Server   rounds and pools; waitress is known here
   Outbox    queue, deliver one, one round, all    Main     read settings, start, serve, stop
   Bot       the conversation and its two homes
 
@@ -49,16 +49,17 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
-import select
 import signal
 import socket
 import threading
 import time
 import unicodedata
 import urllib.parse
+import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from contextlib import closing, contextmanager, suppress
@@ -70,11 +71,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import fcntl
     import resource
 except ModuleNotFoundError:
-    # Windows has neither, and needs neither.
-    fcntl = resource = None
+    # Windows has none, and needs none.
+    resource = None
 
 try:
     import sqlite3
@@ -93,11 +93,10 @@ try:
     from telebot import apihelper
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from waitress import wasyncore
-    from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.server import TcpWSGIServer
-    from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
-    from waitress.utilities import BadRequest
+    from waitress.task import WSGITask
+    from waitress.utilities import BadRequest, InternalServerError
 except ModuleNotFoundError as error:
     print(
         f"factoryapp: the package {error.name} is missing: start as README.md says, or install "
@@ -169,9 +168,10 @@ WAIT_SECONDS = 50  # nginx gives up at 60
 IDEMPOTENCY_SECONDS = 24 * 3600
 DELIVERIES = "scheduled", "queued", "sent", "failed", "unlinked", "cancelled"
 
-# The database. A list is read in pieces of so many rows, or of so many bytes.
-LIST_PIECE_ROWS = 200
-LIST_PIECE_BYTES = 256 * 1024
+# The database. A list of more rows or bytes is long: a worker pool reads it in pieces.
+LIST_ROWS = 200
+LIST_BYTES = 256 * 1024
+LIST_PIECE_BYTES = 64 * 1024
 PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
 SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
@@ -206,22 +206,15 @@ SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 
 # The server
 CONNECTIONS = 200
-LEAST_CONNECTIONS = 8
-OPEN_FILES = 8192
-OWN_FILES = 44  # the database on each thread, the socket that listens, the log
-FILES_OF_A_SENDER = 3  # its socket, and the database
-FILES_OF_A_CONNECTION = 3  # its socket, and answers that are not taken
+LEAST_CONNECTIONS = 8  # where few files may be open
+OWN_FILES = 240  # a socket and the database for each sender, the database for the other threads
 MAX_PROXIES = 20  # of X-Forwarded-For, the last that are read
 REQUEST_SECONDS = 10  # to send a whole request
 IDLE_SECONDS = 60  # between two requests
-TAKEN_BYTES_PER_SECOND = 8 * 1024  # the least, of an answer, over any TAKING_SECONDS
-TAKING_SECONDS = 10
-ANSWER_SECONDS = 30  # to take a whole answer, while others wait for the connection or the thread
-SEND_BUFFER_BYTES = 64 * 1024  # the kernel's: larger ones hide how slow a client is
-MEMORY_BYTES = 128 * 1024  # of an answer that is not taken, the rest is in temporary files
-BUFFER_BYTES = 1024**2  # of an answer, that one of these gets
-MAX_UNTAKEN_BYTES = 64 * 1024**2  # of an answer, before a lane's thread waits for its client
-ALL_UNTAKEN_BYTES = 192 * 1024**2  # of all answers, before it waits for all but BUFFER_BYTES
+STUCK_SECONDS = 30  # in which a client reads nothing of its answer
+ANSWER_SECONDS = 30  # to read a whole answer, while others need the connection
+SEND_BUFFER_BYTES = 64 * 1024  # the kernel's, of a connection
+UNSENT_BYTES = 64 * 1024**2  # of all answers together
 WAITING = 100  # requests that wait for news at once
 WAITING_OF_A_USER = 10
 STOP_SECONDS = 1  # what a clean stop grants to those at work
@@ -240,7 +233,7 @@ class settings:
     trusted_proxies = ()  # networks whose X-Forwarded-… is believed
     registration = "open"  # or "closed"
     keep_days = 0  # 0: for ever
-    connections, senders = CONNECTIONS, SENDERS  # fewer, where there are few files
+    connections = CONNECTIONS  # fewer, where few files may be open
 
 
 def now():
@@ -251,6 +244,13 @@ def now():
 def ticks():
     """Seconds that only go forward, for pauses and limits: the clock may be set back."""
     return time.monotonic()
+
+
+def start_thread(name, target, *args):
+    """Start a thread that ends with the process. Returns it."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def iso(seconds):
@@ -708,6 +708,7 @@ def connection():
             PRAGMA fullfsync = ON;
             PRAGMA checkpoint_fullfsync = ON;
             PRAGMA foreign_keys = ON;
+            PRAGMA temp_store = MEMORY;
             PRAGMA journal_size_limit = {WAL_KEPT_BYTES};
             -- See checkpoint().
             PRAGMA wal_autocheckpoint = 0;
@@ -3234,6 +3235,8 @@ app = Bottle()
 # Bottle's own plugins: routes answer through ours.
 app.uninstall(True)
 response.default_content_type = "application/json"
+# Bodies stay in memory: Bottle would keep longer ones in temporary files.
+type(request).MEMFILE_MAX = MAX_MESSAGE_BODY_BYTES
 
 
 def coded(detail, code="token_not_valid"):
@@ -3293,7 +3296,7 @@ def check_request():
 class Declared(NamedTuple):
     """What a route's decorators say of it: obeyed by serve_declared(), described by OpenAPI."""
 
-    lane: str = None  # where it is served, None: in a round
+    pool: str = None  # the worker pool that serves it, None: a round
     sign_in: object = lambda: None  # require_user, require_login or may_register
     query: dict = {}  # name: field
     body: dict = {}  # name: field
@@ -3321,9 +3324,9 @@ def declare(*refusals, **what):
     return note_of
 
 
-def waits(lane):
-    """The route is served in this lane of the Server's: it would hold up everybody."""
-    return declare(lane=lane)
+def waits(pool):
+    """Declare that a worker pool serves the route: it would hold up everybody."""
+    return declare(pool=pool)
 
 
 def asks(**fields):
@@ -3341,7 +3344,7 @@ def answers(status, schema, *refusals):
     return declare(*refusals, status=status, schema=schema)
 
 
-class Parked(BaseException):
+class WaitForNews(BaseException):
     """The request (user id, until when, in ticks) waits, to be served again from its beginning.
 
     When something of the user's was committed, or its time is over. No error, as Elsewhere.
@@ -3349,20 +3352,20 @@ class Parked(BaseException):
 
 
 class Elsewhere(BaseException):
-    """The request is to be served in the lane of this name. Nothing of it has taken effect.
+    """The worker pool of this name is to serve the request. Nothing of it has taken effect.
 
     No error, and so no Exception: it has to pass everybody who catches those.
     """
 
 
-# Where a request is when its round could not begin: each goes to its lane.
+# In place of a pool: the round could not begin, and each of its requests goes to a pool.
 NO_ROUND = ""
 
 
-def leave_round(lane):
-    """Go on in this lane, in which the request begins anew. Raises Elsewhere in any other place."""
-    if request.environ.get("factoryapp.lane", lane) != lane:
-        raise Elsewhere(lane)
+def leave_round(pool):
+    """Go on in this pool, where the request begins anew. Raises Elsewhere in any other place."""
+    if request.environ.get("factoryapp.pool", pool) != pool:
+        raise Elsewhere(pool)
 
 
 def serve_declared(route):
@@ -3373,9 +3376,9 @@ def serve_declared(route):
     said = declared(route)
 
     def serve(**values):
-        if said.lane:
-            leave_round(said.lane)
-        elif request.environ.get("factoryapp.lane") == NO_ROUND or (
+        if said.pool:
+            leave_round(said.pool)
+        elif request.environ.get("factoryapp.pool") == NO_ROUND or (
             said.body and is_slow_to_read()
         ):
             leave_round("patient")
@@ -3961,17 +3964,14 @@ def answer_list(listing, user, **given):
     page = {"user": user["id"], "after": 0, "before": MAX_ID, "delivery": None, **given}
     if "limit" in given:
         end_page(listing, page, given)
-    _, is_whole, piece = read_piece(listing, page)
-    if is_whole:
-        return b"[%s]" % piece
-    leave_round("listing")
-    return stream_rows(listing, page)
+    _, is_whole, piece = read_piece(listing, page, LIST_ROWS, LIST_BYTES)
+    return b"[%s]" % piece if is_whole else stream_rows(listing, page)
 
 
 def answer_news(user, wait, body, is_nothing):
     """The answer with its ETag, 304 where the client has it. It may wait for something new.
 
-    RFC 9110, section 13.1.2. Raises HTTPResponse, Parked.
+    RFC 9110, section 13.1.2. Raises HTTPResponse, WaitForNews.
     """
     # A page that is full changes when there is a next one.
     link = response.get_header("Link", "")
@@ -3984,7 +3984,7 @@ def answer_news(user, wait, body, is_nothing):
         if until is None:
             until = ticks() + wait
         if ticks() < until:
-            raise Parked(user["id"], until)
+            raise WaitForNews(user["id"], until)
     if is_known:
         raise HTTPResponse(status=304, ETag=etag)
     response.set_header("ETag", etag)
@@ -4005,22 +4005,29 @@ def end_page(listing, page, given):
 
 
 def stream_rows(listing, page):
-    """Yield such an array in pieces, each read when it is sent: in bounded memory."""
-    opening, is_whole = b"[", False
+    """Yield the array in pieces, each read from the database when it is asked for.
+
+    The more a client has read, the larger they are: that is faster.
+    """
+    # Bottle asks for the first at once, on the serving thread.
+    yield b"["
+    read, is_whole = 0, False
     while not is_whole:
-        page["after"], is_whole, piece = read_piece(listing, page)
-        if piece:
-            yield opening + piece
-            opening = b","
+        size = min(max(read // 8, LIST_PIECE_BYTES), LIST_BYTES)
+        page["after"], is_whole, *piece = read_piece(listing, page, math.inf, size)
+        if piece[0]:
+            comma, read = b"," if read else b"", read + len(piece[0])
+            # Popped: it is not kept here while the client reads it.
+            yield comma + piece.pop()
     yield b"]"
 
 
-def read_piece(listing, page):
-    """(last id, whether that was all, JSON) of the first rows of a page, or of what is left."""
+def read_piece(listing, page, most_rows, most_bytes):
+    """Return (last id, whether that is all, JSON) of the first rows of what is left of a page."""
     texts, size, last = [], 0, page["after"]
     with closing(list_rows(connection(), listing, page)) as rows:
         for row_id, text in rows:
-            if len(texts) == LIST_PIECE_ROWS or size >= LIST_PIECE_BYTES:
+            if len(texts) == most_rows or size >= most_bytes:
                 return last, False, b",".join(texts)
             texts.append(text)
             size += len(text)
@@ -4764,77 +4771,40 @@ def show_openapi():
 
 
 # --- Server ---------------------------------------------------------------------------------------
-# Rounds, lanes, limits: the one room that knows waitress. It can be read alone, if one knows this:
-# `with transaction()` takes the write lock, for which it waits `local.patience` seconds, commits at
-# its end, and raises sqlite3.Error where either fails or what was written is gone; within another
-# it is a part of that, which may fail alone. A route answers its own failures, so none ends a
-# round. One that declares another lane than it is served in raises Elsewhere before anything of it
-# has run.
+# Rounds, worker pools, limits: the one room that knows waitress. To read it alone, know this: `with
+# transaction()` takes the write lock, for which it waits `local.patience` seconds, commits at its
+# end, and raises sqlite3.Error if either fails or if what was written is gone. Within another it is
+# a part of that, which may fail alone. A route answers its own failures, so none ends a round. A
+# route that is declared for a worker pool raises Elsewhere in any other place, before anything of
+# it has run.
 #
-# Of waitress it leans on what is not documented: Channel's and TcpWSGIServer's constructors and
-# attributes (requests, request, connected, total_outbufs_len, current_outbuf_count, will_close,
-# close_when_flushed; adj, active_channels, _map; a dispatcher's queue), that service() takes
-# requests[0] and calls add_task() and pull_trigger(), HTTPRequestParser's parts, wasyncore.poll2.
+# Only the serving thread touches sockets and channels. A worker thread is given an answer to make,
+# with its request, and gives it back. Of a long list it makes one piece at a time, once the client
+# has read the one before: no thread waits for a client, and no more than a piece is kept for one.
+#
+# Names of waitress that its documentation does not promise (requirements.txt names the version):
+#   HTTPRequestParser: received, parse_header, header_plus, body_rcv, completed, error, headers,
+#     expect_continue, chunked, command, version, path, get_body_stream; ParsingError, BadRequest
+#   its errors: code, reason, body
+#   WSGITask: service, execute, finish, write, get_environment, environ, status, response_headers,
+#     complete, content_length, start_time, version, close_on_finish, set_close_on_finish
+#   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
+#   TcpWSGIServer: channel_class, adj, trigger, pull_trigger, handle_accept
+#   wasyncore is what asyncore was, as Python 3.11 documents it.
 # Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session, of
-# urllib3, which comes with it, on ConnectionCls. So requirements.txt names one version of each.
+# urllib3, which comes with it, on ConnectionCls.
 
 
-# Threads of each lane. None waits behind what is slower or more: a login not behind registrations,
-# what waits for other writers not behind who takes a long list slowly, /health/ behind nothing.
-LANES = {"patient": 3, "listing": 3, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
-
-SIOCOUTQ = 0x5411  # Linux: how much of what was sent is not acknowledged yet
-
-# Windows has no poll(2).
-poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
-
-
-class JsonErrorTask(ErrorTask):
-    """waitress's own refusals, of what is not HTTP or too large, in JSON like all others."""
-
-    def execute(self):
-        error = self.request.error
-        detail = PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")
-        body = encode_json({"detail": detail})
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", "application/json"), *PRIVATE_HEADERS]
-        if error.code == 503:
-            self.response_headers.append(("Retry-After", "5"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
+# Threads of each worker pool. None waits behind what is slower or more: a login not behind
+# registrations, a piece of a long list not behind requests that wait for other writers, /health/
+# behind nothing.
+POOLS = {"patient": 3, "lists": 2, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 
 class NotStored:
-    """What a client is told whose round could not be stored, or who has waited too long.
-
-    As waitress has its errors.
-    """
+    """The error, as waitress has errors, of a round that was lost or a request that waited long."""
 
     code, reason, body = 503, "Service Unavailable", ""
-
-
-class RouteTask(WSGITask):
-    """A request on its way to its route, which finds in the environ where it is served."""
-
-    def get_environment(self):
-        environ = super().get_environment()
-        environ["factoryapp.lane"] = self.channel.lane
-        # In a lane nothing waits: only the serving thread loses no wake-up.
-        environ["factoryapp.waits_until"] = 0 if self.channel.lane else self.channel.waits_until
-        # Here, not once it is served: in a lane the next request may wait by then.
-        self.channel.waits_until = None
-        return environ
-
-    def execute(self):
-        """Have it answered, and log a line of it."""
-        self.response_headers += PRIVATE_HEADERS
-        super().execute()
-        if log.isEnabledFor(logging.INFO):
-            path = urllib.parse.quote(self.request.path, encoding="latin-1")
-            took = f"{(time.time() - self.start_time) * 1000:.1f} ms"
-            who = f"user {self.environ.get('factoryapp.user_id', '-')}, {client_address()}"
-            log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
 
 
 class StrictRequest(HTTPRequestParser):
@@ -4875,251 +4845,327 @@ class StrictRequest(HTTPRequestParser):
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
 
 
-class Channel(HTTPChannel):
-    """One client's connection. Its next request is served by service(), in a round or in a lane."""
+def application(environ, start_response):
+    """Call the app. If its answer comes in pieces, leave them in the environ."""
+    body = app(environ, start_response)
+    if isinstance(body, list):
+        return body
+    environ["factoryapp.pieces"] = iter(body)
+    return ()
 
-    task_class = RouteTask
-    error_task_class = JsonErrorTask
-    parser_class = StrictRequest
-    lane = None  # where its request is served, None: in a round
-    held = None  # in a round: the pieces of the answer, which is not to leave before the commit
-    is_kept = False  # its next request is served once it has taken the answers before
-    waits_until = None  # in ticks, its request for news
-    arrived_at = 0  # its request
-    behind = b""  # what it sent behind its request
-    taken = 0  # bytes of answers, in all
-    was_idle = True  # a second ago
 
-    def __init__(self, *args, **named):
-        super().__init__(*args, **named)
-        # When it connected, became idle, or began to ask; not when it pipelined one request more.
-        self.since = time.monotonic()
-        # What it had taken at each second in which something was not.
-        self.taken_before = deque(maxlen=TAKING_SECONDS + 1)
+class Answer(WSGITask):
+    """The answer to a request. One thread at a time makes it.
 
-    def service(self):
-        if self.lane:
-            local.patience = PATIENCE_SECONDS + self.arrived_at - time.monotonic()
-            if local.patience <= 0:
-                self.requests[0].error = NotStored
-        try:
-            super().service()
-        except Elsewhere as elsewhere:
-            self.go_to(*elsewhere.args)
-        except Parked as parked:
-            self.held = None
-            self.server.park(self, *parked.args)
-        else:
-            if self.behind:
-                self.server.read_on(self)
+    To waitress it is a task, and the channel that a task writes to.
+    """
 
-    def go_to(self, lane):
-        """Have the request served in a lane, whose answers leave as they are made."""
-        self.lane, self.held = lane, None
-        # What was read of its body is read again.
-        self.requests[0].get_body_stream().seek(0)
-        self.server.lanes[lane].add_task(self)
+    pool = None  # where it is made, None: in a round
+    pieces = None  # an iterator of what is still to be made of its body
+    waits_until = None  # in ticks, for news
+    check_client_disconnected = None
 
-    def serve_in_round(self, lane=None):
-        """Serve the request and hold its answer. False when it asked for a lane and went there."""
-        self.lane, self.held = lane, []
-        self.service()
-        return self.held is not None
-
-    def let_go(self, is_stored=True):
-        """Send the answer that is held. If its round was lost, a success is a 503, and closes."""
-        answer, self.held = b"".join(self.held), None
-        is_success = answer.startswith((b"HTTP/1.1 2", b"HTTP/1.0 2"))
-        if not self.connected:
-            return
-        if is_stored or not is_success:
-            if not self.total_outbufs_len:
-                # What the socket takes at once needs no buffer.
-                answer = answer[self.send(answer) :]
-            try:
-                if answer and self.connected:
-                    self.write_soon(answer)
-            except OSError as error:
-                log.error(f"an answer cannot be kept for its client: {error}")
-                self.handle_close()
-            if self.request:
-                # It may have asked for 100-continue.
-                self.received(b"")
-        else:
-            request = StrictRequest(self.adj)
-            request.error, request.version = NotStored, "1.1"
-            JsonErrorTask(self, request).service()
-            self.close_when_flushed = True
-        self.handle_write()
+    def __init__(self, channel, request):
+        # Itself would be a reference cycle, which only the garbage collector ends.
+        super().__init__(weakref.proxy(self), request)
+        self.asker = channel
+        self.server, self.adj, self.addr = channel.server, channel.adj, channel.addr
+        self.arrived_at = time.monotonic()
 
     def write_soon(self, data):
-        if self.held is not None:
-            self.held.append(data)
-            return len(data)
-        self.adj.outbuf_high_watermark = self.server.most_untaken()
-        if self.current_outbuf_count > BUFFER_BYTES:
-            # A buffer keeps what was sent of it: this makes waitress begin a new one.
-            self.current_outbuf_count = self.adj.outbuf_high_watermark
-        return super().write_soon(data)
+        self.written.append(data)
 
-    def send(self, data, do_close=True):
-        sent = super().send(data, do_close)
-        self.taken += sent
-        return sent
+    def make(self, pool=None):
+        """Make it from its beginning. Raises Elsewhere, WaitForNews."""
+        self.pool, self.environ = pool, None
+        self.written, self.response_headers = [], [*PRIVATE_HEADERS]
+        if pool:
+            # Only the serving thread loses no wake-up, so nothing waits for news in a pool.
+            self.waits_until = 0
+            local.patience = PATIENCE_SECONDS + self.arrived_at - time.monotonic()
+            if local.patience <= 0:
+                self.request.error = NotStored
+        try:
+            self.service()
+        except Exception:
+            log.exception(f"{self.request.command} {self.request.path!r} failed")
+            self.refuse(InternalServerError(""))
 
-    def count_taken(self):
-        """Bytes of answers that the client has, or where that is not told, the kernel has."""
-        if not fcntl or sys.platform != "linux":
-            return self.taken
-        waiting = fcntl.ioctl(self.socket, SIOCOUTQ, bytes(4))
-        return self.taken - int.from_bytes(waiting, sys.byteorder)
+    def refuse(self, error):
+        """Take this refusal in place of what was made, and close the connection after it."""
+        request = StrictRequest(self.adj)
+        request.error, request.version = error, self.version
+        refusal = Answer(self.asker, request)
+        refusal.make()
+        self.written, self.close_on_finish = refusal.written, True
+
+    def get_environment(self):
+        environ = super().get_environment()
+        environ["factoryapp.pool"] = self.pool
+        environ["factoryapp.waits_until"] = self.waits_until
+        return environ
+
+    def execute(self):
+        """Let the route answer, and log a line. What is no request is refused in JSON."""
+        if error := self.request.error:
+            detail = PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")
+            body = encode_json({"detail": detail})
+            self.status, self.complete = f"{error.code} {error.reason}", True
+            self.response_headers.append(("Content-Type", "application/json"))
+            if error.code == 503:
+                self.response_headers.append(("Retry-After", "5"))
+            self.set_close_on_finish()
+            self.content_length = len(body)
+            self.write(body)
+            return
+        # What was read of its body elsewhere is read again.
+        self.request.get_body_stream().seek(0)
+        super().execute()
+        self.pieces = self.environ.get("factoryapp.pieces")
+        if log.isEnabledFor(logging.INFO):
+            path = urllib.parse.quote(self.request.path, encoding="latin-1")
+            took = f"{(time.time() - self.start_time) * 1000:.1f} ms"
+            who = f"user {self.environ.get('factoryapp.user_id', '-')}, {client_address()}"
+            log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
+
+    def finish(self):
+        """End the answer, unless it is a head alone, or more of it is still to be made."""
+        if self.pieces or self.request.command == "HEAD":
+            self.write(b"")
+        else:
+            super().finish()
+
+    def go_on(self):
+        """Make its next piece, or its end."""
+        try:
+            if piece := next(self.pieces, None):
+                self.write(piece)
+            else:
+                self.pieces = None
+                self.finish()
+        except Exception:
+            log.exception(f"{self.request.path!r} failed in the middle of an answer, which is cut")
+            # waitress closes after an answer without a length.
+            self.pieces = None
+
+
+# A channel's states. Only the serving thread moves it: a pool's thread makes its answer, no more.
+#
+#         handle_read()      handle_read()             let_go()
+#     idle --------> reading ------------> in a round --------> sending
+#      ^                ^                  |   ^    |           ^   |  |
+#      |                |      WaitForNews |   |    | Elsewhere |   |  |
+#      |                |                  v   |    v           |   |  |
+#      |                |              waiting |  in a pool ----+   |  |
+#      |                |                  |   |      ^   let_go()  |  |
+#      |                |                  +---+      |             |  |
+#      |                |           end_waiting()     +-------------+  |
+#      |                |              handle_write(), a list goes on  |
+#      +----------------+----------------------------------------------+
+#          handle_write(), all is sent: reading, if something is unread
+#
+# close_slow() closes it when it is too long in a state (closes_at), handle_accept() when another
+# client needs its place.
+
+
+class Channel(wasyncore.dispatcher):
+    """One client's connection: a request is read, answered, the answer sent, then the next."""
+
+    request = None  # as far as it is read
+    answer = None  # that is being made
+    unread = b""  # what the client has sent after that
+    unsent = b""  # of the answer
+    is_ending = False  # it is closed once that is sent
+
+    def __init__(self, server, sock, addr, adj, map):
+        super().__init__(sock, map)
+        self.server, self.addr, self.adj, self.connected = server, addr, adj, True
+        server.channels.add(self)
+        self.begin_idling()
+
+    def begin_idling(self):
+        # When it connected, became idle, or began to ask; not when it pipelined one request more.
+        self.since = time.monotonic()
+        self.closes_at = self.since + IDLE_SECONDS
 
     def readable(self):
-        # One that waits is read as well, or nobody would notice that its client left.
-        is_waiting = self.waits_until is not None and len(self.behind) < self.adj.recv_bytes
-        return is_waiting or (not self.behind and super().readable())
+        if self.answer:
+            # A waiting client is read as well, or nobody would notice that it left.
+            return self.answer in self.server.waiting and len(self.unread) < self.adj.recv_bytes
+        return not (self.unread or self.unsent)
 
-    def handle_close(self):
-        self.server.parked.pop(self, None)
-        super().handle_close()
+    def writable(self):
+        return len(self.unsent) > 0
+
+    def handle_read(self):
+        was_idle = not (self.request or self.unread or self.answer)
+        self.unread += self.recv(self.adj.recv_bytes)
+        self.read(was_idle)
+
+    def read(self, was_idle=False):
+        """Read a request, as far as it is there. What comes after it waits until it is answered."""
+        if not (self.request or self.answer):
+            # Blank lines are nothing.
+            self.unread = self.unread.lstrip()
+        while self.unread and not self.answer:
+            if not self.request:
+                self.request = StrictRequest(self.adj)
+                began_at = time.monotonic()
+                self.closes_at = began_at + REQUEST_SECONDS
+                if was_idle:
+                    self.since = began_at
+            read = self.request.received(self.unread)
+            self.unread = self.unread[read:]
+            if self.request.completed:
+                self.answer, self.request = Answer(self, self.request), None
+                self.closes_at = math.inf
+                self.server.arrived.append(self.answer)
+        if self.request and self.request.expect_continue:
+            self.request.expect_continue = False
+            self.unsent = b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.handle_write()
+
+    def let_go(self, is_stored=True):
+        """Send what is made of the answer. A success whose round was lost becomes a 503."""
+        answer = self.answer
+        if not self.connected:
+            return
+        if not is_stored and answer.status.startswith("2"):
+            answer.refuse(NotStored)
+        self.unsent, answer.written = memoryview(b"".join(answer.written)), []
+        self.closes_at = time.monotonic() + STUCK_SECONDS
+        if not answer.pieces:
+            self.answer, self.is_ending = None, answer.close_on_finish
+        self.handle_write()
+        if self.unsent:
+            self.server.bound_unsent()
 
     def handle_write(self):
-        super().handle_write()
-        if self.is_kept and not self.total_outbufs_len:
-            self.is_kept = False
-            self.server.add_task(self)
+        """Send what can be sent. If that is all, go on with the answer, or with what is unread."""
+        try:
+            sent = self.send(self.unsent)
+        except OSError as error:
+            log.info(f"a client cannot be reached: {error}")
+            self.handle_close()
+        if not self.connected:
+            return
+        self.unsent = self.unsent[sent:]
+        if self.unsent:
+            if sent and not self.request:
+                self.closes_at = time.monotonic() + STUCK_SECONDS
+        elif self.is_ending:
+            self.handle_close()
+        elif self.answer:
+            self.closes_at = math.inf
+            self.server.pools["lists"].put(self.answer)
+        elif not self.request:
+            self.read()
+            if not (self.request or self.answer):
+                self.begin_idling()
 
-    def is_idle(self):
-        """Whether nothing is asked: blank lines are nothing."""
-        return not (self.request or self.requests or self.behind or self.total_outbufs_len)
+    def handle_close(self):
+        self.server.channels.discard(self)
+        self.server.waiting.pop(self.answer, None)
+        # It refers back: only the garbage collector would end that.
+        self.answer = None
+        self.close()
 
-    def received(self, data):
-        """Read a request. What is behind it is read once that is served: see read_on().
+    # Urgent data is no HTTP, and poll() would tell of it again and again.
+    handle_expt = handle_close
 
-        In waitress's place, which reads all: a client may send hundreds at once, hundreds of
-        clients tens of thousands.
-        """
-        with self.requests_lock:
-            if self.will_close or self.close_when_flushed:
-                return
-            was_idle = data and self.is_idle()
-            self.behind += data
-            if not self.request:
-                self.behind = self.behind.lstrip()
-            while self.behind and not self.requests:
-                if not self.request:
-                    self.request = StrictRequest(self.adj)
-                    self.request.began_at = time.monotonic()
-                    if was_idle:
-                        self.since = self.request.began_at
-                read = self.request.received(self.behind)
-                self.behind = self.behind[read:]
-                if self.request.completed:
-                    self.requests.append(self.request)
-                    self.request = None
-                    self.server.add_task(self)
-            # Not before the answer that is held: let_go() comes here again.
-            if self.request and self.request.expect_continue and self.held is None:
-                self.send_continue()
-
-    def is_too_slow(self, at):
-        """Whether it has held on to its connection too long. Called each second."""
-        if self.total_outbufs_len:
-            self.taken_before.append(self.count_taken())
-            is_long = len(self.taken_before) > TAKING_SECONDS
-            least = TAKING_SECONDS * TAKEN_BYTES_PER_SECOND
-            is_stuck = is_long and self.taken_before[-1] - self.taken_before[0] < least
-            # It holds up a thread that others wait for.
-            is_in_the_way = (
-                self.total_outbufs_len >= self.adj.outbuf_high_watermark
-                and self.server.lanes[self.lane or "listing"].queue
-                and at - self.since > ANSWER_SECONDS
-            )
-            return is_stuck or is_in_the_way
-        self.taken_before.clear()
-        if self.requests:
-            # It waits for us.
-            return False
-        if self.request:
-            return at - self.request.began_at > REQUEST_SECONDS
-        return at - self.since > IDLE_SECONDS
+    def is_sending(self):
+        """Return whether its client reads an answer, maybe one whose next piece we make."""
+        return self.unsent or (self.answer and self.answer.pieces)
 
     def has_held_on(self, at):
-        """For how many seconds, as far as that counts where others wait for the connection.
+        """Return for how many seconds, as far as that counts when others need its place.
 
-        Who has just come makes room last, who takes an answer has some time for it.
+        A client that has just connected makes room last, one that reads an answer has some time.
         """
         seconds = at - self.since
-        return seconds - (ANSWER_SECONDS if self.total_outbufs_len or seconds < 1 else 0)
+        return seconds - (ANSWER_SECONDS if self.is_sending() or seconds < 1 else 0)
 
 
-class FairQueue:
-    """A queue of channels in which the addresses take turns, whatever one of them asks."""
+class FairQueue(queue.Queue):
+    """A queue of answers in which the addresses take turns, whatever one of them asks.
 
-    def __init__(self):
+    None in place of an answer tells a thread of the pool to end.
+    """
+
+    def _init(self, maxsize):
         self.by_address = OrderedDict()
 
-    def __len__(self):
+    def _qsize(self):
         return sum(map(len, self.by_address.values()))
 
-    def append(self, channel):
-        self.by_address.setdefault(channel.addr[0], deque()).append(channel)
+    def _put(self, answer):
+        self.by_address.setdefault(answer and answer.addr[0], deque()).append(answer)
 
-    def popleft(self):
-        address, channels = self.by_address.popitem(last=False)
-        channel = channels.popleft()
-        if channels:
-            self.by_address[address] = channels
-        return channel
+    def _get(self):
+        address, answers = self.by_address.popitem(last=False)
+        answer = answers.popleft()
+        if answers:
+            self.by_address[address] = answers
+        return answer
 
 
 class Server(TcpWSGIServer):
-    """waitress on a listening socket, with our rounds, lanes, limits and JSON errors.
+    """waitress on a listening socket, with our rounds, worker pools, limits and JSON errors.
 
     What arrived together is a round: it is served on one thread, since handing a request to
     another costs more than serving it, and committed once. What would hold that thread up goes to
-    a lane, whose threads may wait.
+    a worker pool, whose threads may wait.
     """
 
     channel_class = Channel
 
     def __init__(self, sock):
-        # A queue is no news.
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-        self.arrived = deque()  # channels with a request to be served
-        self.unread = deque()  # channels that have sent more than was read
-        self.parked = {}  # channel whose request waits for news: its user's id
+        self.channels = set()
+        self.arrived = deque()  # answers to be made
+        self.made = deque()  # answers that came back from a pool
+        self.waiting = {}  # answer that waits for news: its user's id
         news.wake = self.wake_for_news
-        self.thread = None  # that serves the rounds, once it does
-        self.lanes = {}
-        for lane, threads in LANES.items():
-            dispatcher = self.lanes[lane] = ThreadedTaskDispatcher()
-            dispatcher.queue = FairQueue()
-            dispatcher.set_thread_count(threads)
+        self.thread = None  # the serving thread, once it serves
+        self.is_ending = False
+        self.map = {}  # what is polled
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
-            app,
+            application,
+            self.map,
             _sock=sock,
-            # Not used: add_task() is ours. Without one waitress would start threads.
-            dispatcher=self.lanes["patient"],
+            # Not used. Without one waitress would start threads.
+            dispatcher=self,
             bind_socket=False,
             ident=None,
             max_request_body_size=MAX_MESSAGE_BODY_BYTES,
             max_request_header_size=16 * 1024,
-            outbuf_overflow=MEMORY_BYTES,
             clear_untrusted_proxy_headers=False,
         )
+        self.pools = {pool: FairQueue() for pool in POOLS}
+        for pool in Counter(POOLS).elements():
+            start_thread(pool, self.work, pool)
 
-    def serve(self, stop):
-        """Serve until told to stop. This thread waits for nobody but the disk: everybody would."""
+    def work(self, pool):
+        """Make answers, in a thread of a worker pool, until told to end."""
+        while answer := self.pools[pool].get():
+            try:
+                # Nobody waits for an answer whose client has left.
+                if answer.asker.connected:
+                    answer.go_on() if answer.pieces else answer.make(pool)
+            except Elsewhere as elsewhere:
+                self.pools[elsewhere.args[0]].put(answer)
+            else:
+                self.made.append(answer)
+                self.pull_trigger()
+
+    def serve(self):
+        """Serve until end(). This thread waits for nobody but the disk: everybody would."""
         self.thread = threading.get_ident()
         # With a connection of its own, which waits no longer.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         looks_at = time.monotonic()
-        while not stop.is_set():
-            # Reads what there is, sends what can be sent.
-            is_busy = self.arrived or self.unread or news.user_ids
-            poll(0 if is_busy else self.time_to_wait(), self._map)
+        while not self.is_ending:
+            self.poll(0 if self.arrived or news.user_ids else self.time_to_wait())
             self.end_waiting()
             self.serve_round()
             if time.monotonic() >= looks_at:
@@ -5127,75 +5173,87 @@ class Server(TcpWSGIServer):
                 self.close_slow(time.monotonic())
         self.end_waiting(is_over=True)
         self.serve_round()
-        for lane in self.lanes.values():
-            lane.shutdown(timeout=STOP_SECONDS / 2 / len(self.lanes))
+        ends_at = time.monotonic() + STOP_SECONDS / 2
+        while any(channel.answer for channel in self.channels) and time.monotonic() < ends_at:
+            self.poll(STOP_SECONDS / 20)
+        for pool in Counter(POOLS).elements():
+            self.pools[pool].put(None)
 
-    def add_task(self, channel):
-        """A channel has a request to be served."""
-        channel.arrived_at = time.monotonic()
-        self.arrived.append(channel)
+    def end(self, *_):
+        """Let serve() return. It takes no lock, so any signal's handler may call it."""
+        self.is_ending = True
+        self.trigger.pull_trigger()
 
-    def read_on(self, channel):
-        """Have read what a channel has sent behind the request that was served, on any thread.
+    def poll(self, seconds):
+        """Read what there is, send what can be sent, and what the pools have made."""
+        wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
+        while self.made:
+            self.made.popleft().asker.let_go()
 
-        It is not read there: who reads may write, and so may the serving thread, without a lock.
-        """
-        self.unread.append(channel)
-        self.pull_trigger()
+    def bound_unsent(self):
+        """Close the channel with most to be sent, if there is too much to be sent in all."""
+        if sum(len(channel.unsent) for channel in self.channels) > UNSENT_BYTES:
+            max(self.channels, key=lambda channel: len(channel.unsent)).handle_close()
 
-    def park(self, channel, user_id, until):
-        """Keep a request until there is news. With as many as may wait, it is served at once."""
-        channel.waits_until = until
-        of_user = sum(parked_id == user_id for parked_id in self.parked.values())
-        if len(self.parked) < WAITING and of_user < WAITING_OF_A_USER:
-            self.parked[channel] = user_id
+    def wait_for_news(self, answer, user_id, until):
+        """Keep a request until there is news. With as many as may wait, it is answered at once."""
+        answer.waits_until = until
+        of_user = sum(waiting_id == user_id for waiting_id in self.waiting.values())
+        if len(self.waiting) < WAITING and of_user < WAITING_OF_A_USER:
+            self.waiting[answer] = user_id
         else:
-            channel.waits_until = 0
-            self.add_task(channel)
+            answer.waits_until = 0
+            self.arrived.append(answer)
 
     def time_to_wait(self):
-        """Seconds until somebody's waiting is over, at most one."""
-        first = min((channel.waits_until for channel in self.parked), default=math.inf)
+        """Return the seconds until somebody's waiting is over, at most one."""
+        first = min((answer.waits_until for answer in self.waiting), default=math.inf)
         return max(0, min(1, first - ticks()))
 
     def end_waiting(self, is_over=False):
-        """Note as arrived again who has news, or whose time is over."""
+        """Let requests arrive again that have news, or whose time is over."""
         changed_for = {news.user_ids.popleft() for _ in range(len(news.user_ids))}
-        for channel, user_id in list(self.parked.items()):
+        for answer, user_id in list(self.waiting.items()):
             if is_over:
-                channel.waits_until = 0
-            if user_id in changed_for or channel.waits_until <= ticks():
-                del self.parked[channel]
-                self.add_task(channel)
+                answer.waits_until = 0
+            if user_id in changed_for or answer.waits_until <= ticks():
+                del self.waiting[answer]
+                self.arrived.append(answer)
 
     def wake_for_news(self):
-        if self.parked:
+        if self.waiting:
             self.pull_trigger()
+
+    def make_here(self, answer, pool=None):
+        """Make an answer. Returns False if it waits for news, or goes to a pool."""
+        try:
+            if answer.asker.connected:
+                answer.make(pool)
+            return True
+        except WaitForNews as waits:
+            self.wait_for_news(answer, *waits.args)
+        except Elsewhere as elsewhere:
+            self.pools[elsewhere.args[0]].put(answer)
+        return False
 
     def serve_round(self):
         """Serve all that arrived: reads, then all that may write in one transaction."""
-        for _ in range(len(self.unread)):
-            self.unread.popleft().received(b"")
         readers, writers = [], deque()
         for _ in range(len(self.arrived)):
-            channel = self.arrived.popleft()
-            if channel.total_outbufs_len:
-                channel.is_kept = True
-            elif channel.requests[0].command in ("GET", "HEAD", "OPTIONS"):
-                readers.append(channel)
-            else:
-                writers.append(channel)
+            answer = self.arrived.popleft()
+            is_reader = answer.request.command in ("GET", "HEAD", "OPTIONS")
+            (readers if is_reader else writers).append(answer)
         # Reads first: after a write they would see rows that may still be lost. Answered together:
         # one by one, clients fall out of step, and the next round is smaller.
-        for channel in [channel for channel in readers if channel.serve_in_round()]:
-            channel.let_go()
+        for answer in [answer for answer in readers if self.make_here(answer)]:
+            answer.asker.let_go()
         if writers:
             self.serve_writers(writers)
 
     def serve_writers(self, waiting):
-        """Serve these in one transaction. Nobody is told that it worked before it is on disk.
+        """Serve these in one transaction. No client hears of a success before it is on disk.
 
-        Not even who wrote nothing: that may rest on what another of the round wrote.
+        Not even one that wrote nothing: its answer may rest on what another of the round wrote.
         """
         served = []
         is_begun = is_stored = False
@@ -5205,61 +5263,51 @@ class Server(TcpWSGIServer):
                 # A full disk takes back the transaction: it is lost, and the others come in the
                 # next round.
                 while waiting and db.in_transaction:
-                    channel = waiting.popleft()
-                    if channel.serve_in_round():
-                        served.append(channel)
+                    answer = waiting.popleft()
+                    if self.make_here(answer):
+                        served.append(answer)
             is_stored = True
         except sqlite3.Error as error:
             if is_begun:
                 log.error(f"a round of {len(served)} requests could not be stored: {error}")
         # While others write for long, only the first round waits for them.
         local.patience = SERVING_PATIENCE_SECONDS if is_begun else 0
-        for channel in served:
-            channel.let_go(is_stored)
+        for answer in served:
+            answer.asker.let_go(is_stored)
         # Nothing of these has run.
-        for channel in waiting:
+        for answer in waiting:
             if is_begun:
-                self.add_task(channel)
-            elif channel.serve_in_round(NO_ROUND):
+                self.arrived.append(answer)
+            elif self.make_here(answer, NO_ROUND):
                 # Others write, and what may has gone where it waits for them.
-                channel.let_go()
-
-    def most_untaken(self):
-        """How much of an answer may be kept for a client before a lane's thread waits for it."""
-        untaken = sum(channel.total_outbufs_len for channel in list(self.active_channels.values()))
-        # With few files, as with few connections.
-        share = settings.connections / CONNECTIONS
-        return MAX_UNTAKEN_BYTES if untaken < ALL_UNTAKEN_BYTES * share else BUFFER_BYTES
+                answer.asker.let_go()
 
     def close_slow(self, at):
-        """Close the connections of those who are too slow, or have asked nothing for long."""
-        for channel in list(self.active_channels.values()):
-            if channel.is_idle() > channel.was_idle:
-                channel.since = at
-            channel.was_idle = channel.is_idle()
-            if channel.is_too_slow(at):
-                # Not will_close: that is looked at once the client takes something.
+        """Close the channels whose time is over."""
+        for channel in list(self.channels):
+            if at > channel.closes_at:
                 channel.handle_close()
 
     def find_longest(self):
-        """Who would be closed for another to connect, None while all wait for us alone."""
+        """Return the channel to close so that a client can connect, None if all wait for us."""
         at = time.monotonic()
         holding = [
             channel
-            for channel in self.active_channels.values()
-            if channel.total_outbufs_len or channel.behind or not channel.requests
+            for channel in self.channels
+            if channel.is_sending() or channel.unread or not channel.answer
         ]
         return max(holding, key=lambda channel: channel.has_held_on(at), default=None)
 
     def readable(self):
-        return len(self.active_channels) < settings.connections or bool(self.find_longest())
+        return len(self.channels) < settings.connections or bool(self.find_longest())
 
     def handle_accept(self):
-        """Let another client connect, where all connections are taken in the place of one."""
-        if len(self.active_channels) < settings.connections:
+        """Let a client connect. If all connections are in use, another makes room for it."""
+        if len(self.channels) < settings.connections:
             super().handle_accept()
         elif longest := self.find_longest():
-            # With its number, a client that is let in at once would get what poll() has seen of it.
+            # Only close here and accept at the next poll(): a socket accepted now could get the
+            # closed one's descriptor, and with it the events that this poll() found for that.
             longest.handle_close()
 
     def pull_trigger(self):
@@ -5403,19 +5451,19 @@ def networks(text):
     ]
 
 
-def share_files():
-    """Allow enough open files, or have fewer connections and senders. Raises BadSetting."""
+def allow_files():
+    """Allow enough open files, or have fewer connections. Raises BadSetting."""
     if not resource:
         return
-    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = max(files, OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    wanted = SENDERS * FILES_OF_A_SENDER + CONNECTIONS * FILES_OF_A_CONNECTION
-    share = min(1, (files - OWN_FILES) / wanted)
-    settings.connections, settings.senders = int(CONNECTIONS * share), int(SENDERS * share)
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OWN_FILES + CONNECTIONS
+    files = max(files, wanted if most == resource.RLIM_INFINITY else min(wanted, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    settings.connections = min(CONNECTIONS, files - OWN_FILES)
     if settings.connections < LEAST_CONNECTIONS:
-        least = OWN_FILES + math.ceil(wanted * LEAST_CONNECTIONS / CONNECTIONS)
-        raise BadSetting(f"{files} open files are too few: allow {least} or more (ulimit -n).")
+        raise BadSetting(
+            f"{files} open files are too few: allow {wanted} (ulimit -n, or LimitNOFILE)."
+        )
 
 
 def choose_home(token):
@@ -5564,15 +5612,7 @@ def start_workers(home, stop):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
     start_thread("polling", home.run, stop)
     start_thread("upkeep", run_upkeep, home, stop)
-    senders = range(settings.senders)
-    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in senders]
-
-
-def start_thread(name, target, *args):
-    """A thread that ends with the process, started."""
-    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    thread.start()
-    return thread
+    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
 
 
 def stop_workers(senders):
@@ -5600,13 +5640,8 @@ def serve(sock, home):
     """Start everything, serve until SIGTERM or Ctrl-C, end cleanly."""
     stop = threading.Event()
     server = Server(sock)
-
-    def end(signum, frame):
-        stop.set()
-        server.trigger.pull_trigger()
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
     if hasattr(signal, "SIGTTIN"):
         # Or reading the terminal from the background would stop the process.
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
@@ -5618,8 +5653,9 @@ def serve(sock, home):
         f"database: {settings.db}\n{home.greeting}"
     )
     senders = start_workers(home, stop)
-    server.serve(stop)
+    server.serve()
     sock.close()
+    stop.set()
     stop_workers(senders)
     close_store()
 
@@ -5629,7 +5665,7 @@ def main(argv=None):
     prepare_process()
     try:
         check_sqlite()
-        share_files()
+        allow_files()
         arguments, home = read_settings(argv)
         check_store()
         name = arguments.set_password or arguments.disable
