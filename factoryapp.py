@@ -91,7 +91,6 @@ try:
         response,
     )
     from telebot import apihelper
-    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
     from waitress import wasyncore
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.server import TcpWSGIServer
@@ -2493,33 +2492,6 @@ class TelegramError(Exception):
         self.code, self.retry_after = code, retry_after
 
 
-def notes_its_socket(kind):
-    """A kind of urllib3's connections, which leaves its socket where hang_up() finds it."""
-
-    class Connection(kind):
-        def _new_conn(self):
-            # A proxy's answer may drip as well, before connect() is done.
-            local.socket = super()._new_conn()
-            return local.socket
-
-        def connect(self):
-            super().connect()
-            local.socket = self.sock
-
-    return Connection
-
-
-for pool in (HTTPConnectionPool, HTTPSConnectionPool):
-    pool.ConnectionCls = notes_its_socket(pool.ConnectionCls)
-
-
-def hang_up(caller):
-    """End the call of a thread, of which `caller` are the locals: its whole time is over."""
-    log.warning("Telegram's answer takes too long")
-    with suppress(OSError, KeyError):
-        caller["socket"].shutdown(socket.SHUT_RDWR)
-
-
 WHAT_MENDS = {
     "InvalidSchema": ": a SOCKS proxy needs the package PySocks",
     "OSError": ": is REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE a file?",
@@ -2564,30 +2536,24 @@ class Telegram(Home):
         return not self.refusal and silent <= SILENT_SECONDS
 
     def request(self, method, url, params, files, timeout, proxies):
-        """telebot's way to the network. Raises TelegramError.
+        """Send telebot's requests. Raises TelegramError.
 
-        Texts go in the body, the deadline is for the whole answer, and an error names only its
-        kind: the URL holds the bot's token.
+        Texts go in the body, and an error names only its kind: the URL holds the bot's token.
         """
         arguments = {"data": params} if method == "post" else {"params": params}
         session, failure = apihelper._get_req_session(), None
-        deadline = threading.Timer(timeout[1], hang_up, [vars(local)])
-        deadline.daemon = True
         try:
-            deadline.start()
-            response = session.request(method, url, timeout=timeout, proxies=proxies, **arguments)
+            answer = session.request(method, url, timeout=timeout, proxies=proxies, **arguments)
         except Exception as error:
             failure = name_failure(error)
-        finally:
-            deadline.cancel()
         if failure:
             # What is left of the connection is not to be trusted. Raised here and not above: the
             # URL would be in its __context__.
             apihelper._get_req_session(reset=True)
             host = urllib.parse.urlsplit(url).hostname
             raise TelegramError(None, f"Telegram cannot be reached at {host}: {failure}")
-        self.check(response)
-        return response
+        self.check(answer)
+        return answer
 
     def check(self, response):
         """Raise TelegramError when the call has failed, or the answer makes no sense."""
@@ -4791,8 +4757,7 @@ def show_openapi():
 #   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
 #   TcpWSGIServer: channel_class, adj, trigger, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
-# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session, of
-# urllib3, which comes with it, on ConnectionCls.
+# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session.
 
 
 # Threads of each worker pool. None waits behind what is slower or more: a login not behind
