@@ -1054,7 +1054,7 @@ def add_user(db, username, password_hash):
 
 
 # The columns of a user, wherever one is read.
-USER = "users.id, username, password, tokens_from"
+USER = "users.id, username, password"
 
 
 def find_user(db, user_id):
@@ -1066,19 +1066,12 @@ def find_user_by_name(db, username):
 
 
 def set_password(db, user_id, old_hash, new_hash):
-    """Change the password, and end every token and key issued until now.
-
-    False when the old one is not the user's any more.
-    """
+    """Change the password: every token and key ends. Returns False if it was changed before."""
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
     db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
     db.changed_for.add(user_id)
     return db.changes(
-        "UPDATE users SET password = ?, tokens_from = ? WHERE id = ? AND password = ?",
-        new_hash,
-        int(now()) + 1,
-        user_id,
-        old_hash,
+        "UPDATE users SET password = ? WHERE id = ? AND password = ?", new_hash, user_id, old_hash
     )
 
 
@@ -1801,10 +1794,14 @@ class TokenError(Exception):
     """A JWT that is not to be believed; the text is for the client."""
 
 
+def hash_of_hash(user):
+    """Return what ties a token to the user's password: a new password ends the token."""
+    return sha256(user["password"])[:16].hex()
+
+
 def issue_token(kind, user):
-    """A JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
-    # Right after a new password that is the next second: what was issued before it has ended.
-    issued_at = max(int(now()), user["tokens_from"])
+    """Return a JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
+    issued_at = int(now())
     lifetime = ACCESS_TOKEN_SECONDS if kind == "access" else REFRESH_TOKEN_SECONDS
     claims = {
         "token_type": kind,
@@ -1812,6 +1809,7 @@ def issue_token(kind, user):
         "iat": issued_at,
         "jti": secrets.token_hex(16),
         "user_id": str(user["id"]),
+        "hash_password": hash_of_hash(user),
     }
     return jwt.encode(claims, settings.key, algorithm="HS256")
 
@@ -3488,13 +3486,15 @@ def sign_in():
 
 
 def token_user(claims):
-    """The user a JWT's claims name, or None when there is no such user (any more).
+    """Return the user a JWT's claims name, or None if there is no such user (any more).
 
-    Raises HTTPError 401 where the password was changed after the JWT was issued.
+    Raises HTTPError 401 if the password was changed after the JWT was issued.
     """
     user_id = str(claims.get("user_id"))
     user = find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
-    if user and int(claims.get("iat", 0)) < user["tokens_from"]:
+    # Version 1.1.0 left the claim out; its access tokens end in five minutes.
+    is_old = "hash_password" not in claims and claims.get("token_type") == "access"
+    if user and not is_old and claims.get("hash_password") != hash_of_hash(user):
         raise HTTPError(401, PASSWORD_CHANGED)
     return user
 

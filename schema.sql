@@ -21,7 +21,6 @@ CREATE TABLE IF NOT EXISTS users (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: a JWT names its user by it
     username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
-    tokens_from INTEGER NOT NULL DEFAULT 0,        -- JWTs issued (iat) before this second were ended by a new password
     created_at TEXT NOT NULL,
     folded     TEXT NOT NULL UNIQUE                -- the name without case: no two differ by that alone
 ) STRICT;
