@@ -61,7 +61,7 @@ import unicodedata
 import urllib.parse
 import weakref
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -2261,9 +2261,56 @@ def clean(text):
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
-def pick_chat(message):
-    """The id of the chat that a message is in, or None."""
-    return pick(pick(message, "chat", dict), "id", int)
+HEARD = (
+    "chat text shown number kind place update_id message_id is_medium is_forwarded replied_id "
+    "replied_text query_id data thread_id was_group"
+)
+
+
+class Heard(namedtuple("Heard", HEARD, defaults=[None] * 15)):
+    """What was done in a chat with the bot: all that the conversation knows of it.
+
+    read_update() makes it of what Telegram sends, the terminal of a line. It has `chat`, a (bot id,
+    chat id), and where it applies: `text` as it was written; `shown`, the text or the caption of a
+    medium, with the addresses of its links; `number`, the id of the message that a line in the
+    terminal answers; `kind` of update; `place`, the type of the chat; `update_id`; `message_id`;
+    `is_medium`; `is_forwarded`; `replied_id`, Telegram's id of the message it replies to, and
+    `replied_text`, the text of that if the bot wrote it; `query_id` and `data` of a pressed button;
+    `thread_id`, the topic of a forum group; `was_group`, if the chat has become a supergroup.
+    """
+
+
+def read_update(bot_id, update):
+    """Return what Telegram sent as Heard. Odd fields count as missing, unknown ones not at all."""
+    kinds = [kind for kind in Telegram.allowed_updates if pick(update, kind, dict)]
+    kind = kinds[0] if kinds else None
+    event = pick(update, kind, dict) or {}
+    # A pressed button comes with the message that it is below.
+    message = pick(event, "message", dict) or event
+    chat, replied = pick(message, "chat", dict), pick(message, "reply_to_message", dict)
+    is_ours = pick(pick(replied, "from", dict), "id", int) == bot_id
+    text, update_id = pick(message, "text", str), pick(update, "update_id", int)
+    entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
+    # Without "is_topic_message" it is a thread of replies.
+    is_topic = not replied or pick(message, "is_topic_message", bool)
+    return Heard(
+        chat=(bot_id, pick(chat, "id", int)),
+        text=text,
+        shown=show_links(text or pick(message, "caption", str) or "", entities),
+        kind=kind,
+        place=pick(chat, "type", str),
+        update_id=update_id,
+        # A message without an id of its own is told apart by its update.
+        message_id=pick(message, "message_id", int) or -(update_id or 0),
+        is_medium=any(map(message.get, MEDIA)),
+        is_forwarded=pick(message, "forward_origin", dict) or pick(message, "forward_date", int),
+        replied_id=pick(replied, "message_id", int),
+        replied_text=(pick(replied, "text", str) or "") if is_ours else None,
+        query_id=pick(event, "id", str),
+        data=pick(event, "data", str),
+        thread_id=pick(message, "message_thread_id", int) if is_topic else None,
+        was_group=pick(message, "migrate_from_chat_id", int),
+    )
 
 
 def parse_command(text):
@@ -2274,17 +2321,16 @@ def parse_command(text):
     return None, ""
 
 
-def converse(db, chat, text, message):
-    """What the bot answers to a text from a private chat, once it has taken effect.
+def converse(db, heard):
+    """Let a text from a private chat take effect. Returns the bot's answer, or None.
 
-    None: nothing but the relayed copy. `message` is what Telegram sent with the text: what was
-    forwarded is a quotation, never a command or a token. From the terminal it is the number of the
-    message that the text answers, if it answers one.
+    What was forwarded is a quotation, never a command or a token.
     """
+    chat, text = heard.chat, heard.text
     user = find_chat_user(db, chat)
     name, argument = parse_command(text)
     token = argument if name == "start" else text.strip()
-    if pick(message, "forward_origin", dict) or pick(message, "forward_date", int):
+    if heard.is_forwarded:
         name = token = ""
     if LINK_TOKEN.fullmatch(token) and (answer := use_token(db, chat, user, token)):
         return answer
@@ -2301,11 +2347,11 @@ def converse(db, chat, text, message):
         return UNLINKED.format(**user)
     if name:
         return UNKNOWN_COMMAND
-    return note(db, chat, user, text, message)
+    return note(db, heard, user)
 
 
 def use_token(db, chat, user, token):
-    """What the bot answers to a link token that is alive, or has linked this chat; else None."""
+    """Return the answer to a link token that is alive, or has linked this chat; else None."""
     owner = find_link_token_user(db, token)
     if owner and user and owner["id"] != user["id"]:
         return STOP_FIRST.format(**user)
@@ -2318,26 +2364,25 @@ def use_token(db, chat, user, token):
     return None
 
 
-def note(db, chat, user, text, message):
-    """Make a text from a linked chat its user's message. What the bot answers, or None."""
-    text = show_links(text, pick(message, "entities", list) or ())
-    if len(text) > MAX_TEXT:
+def note(db, heard, user):
+    """Make a text from a linked chat its user's message. Returns the bot's answer, or None."""
+    if len(heard.shown) > MAX_TEXT:
         return TOO_LONG
-    if not text.strip():
+    if not heard.shown.strip():
         return None
-    recipient, reply_to = find_addressee(db, chat, user, message)
+    recipient, reply_to = find_addressee(db, heard, user)
     if not recipient:
-        return NO_SUCH_NUMBER if isinstance(message, int) else UNKNOWN_REPLY
+        return UNKNOWN_REPLY if heard.number is None else NO_SUCH_NUMBER
     if wait := wait_to_send(db, user, [recipient]):
         return TOO_FAST.format(seconds=wait, **recipient)
-    _, delivery = relay(db, user, recipient, text, "telegram", reply_to=reply_to)
+    _, delivery = relay(db, user, recipient, heard.shown, "telegram", reply_to=reply_to)
     if delivery == "unlinked":
         return NO_CHAT.format(**recipient)
     return None
 
 
 def show_links(text, entities):
-    """The text with the address of each link in brackets behind its words, unless it shows.
+    """Return the text with the address of each link in brackets after its words, unless it shows.
 
     Offsets count UTF-16 units (Bot API, MessageEntity).
     """
@@ -2357,30 +2402,26 @@ def show_links(text, entities):
     return text
 
 
-def find_addressee(db, chat, user, message):
-    """(Whom a text is for that was sent with this, as in converse(); which message it answers).
-
-    (None, …) when nobody knows.
-    """
-    if isinstance(message, int):
-        return find_other_user(db, message, user["id"]), message
-    replied = pick(message, "reply_to_message", dict)
-    if relayed := find_relayed(db, chat, pick(replied, "message_id", int)):
+def find_addressee(db, heard, user):
+    """Return (the user a text is for, the id of the message it answers), (None, …) if unknown."""
+    if heard.number is not None:
+        return find_other_user(db, heard.number, user["id"]), heard.number
+    if relayed := find_relayed(db, heard.chat, heard.replied_id):
         if other := find_other_user(db, relayed["id"], user["id"]):
             return other, relayed["id"]
         # The chat was another account's before.
         return find_user(db, relayed["sender_id"]), None
-    if pick(pick(replied, "from", dict), "id", int) != chat[0]:
+    if heard.replied_text is None:
         return user, None
     # The bot wrote it, but does not remember: a send whose answer was lost.
-    header = HEADER.match(pick(replied, "text", str) or "")
+    header = HEADER.match(heard.replied_text)
     return header and find_user_by_name(db, header[header.lastindex]), None
 
 
-def press(db, bot_id, query):
-    """Make a pressed button its user's answer, once. What to tell who pressed, None: nothing."""
-    user = find_chat_user(db, (bot_id, pick_chat(pick(query, "message", dict))))
-    numbers = re.fullmatch("([0-9]{1,18}):([0-9])", pick(query, "data", str) or "")
+def press(db, heard):
+    """Make a pressed button its user's answer, once. Returns what to tell the user, or None."""
+    user = find_chat_user(db, heard.chat)
+    numbers = re.fullmatch("([0-9]{1,18}):([0-9])", heard.data or "")
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
         return TOO_LATE
@@ -2392,89 +2433,79 @@ def press(db, bot_id, query):
     return None
 
 
-def hear(db, chat, text, message):
+def hear(db, heard):
     """Let a text from a private chat take effect, and queue the answer."""
-    if answer := converse(db, chat, text, message):
-        queue_text(db, chat, answer)
+    if answer := converse(db, heard):
+        queue_text(db, heard.chat, answer)
 
 
-def receive(bot_id, update):
-    """Everything one raw update does, and the offset behind it, in one transaction.
+def receive(heard):
+    """Do all that an update does, and store the offset after it, in one transaction.
 
-    It counts once, whatever happens. What to tell who pressed a button, or None.
+    Returns what to tell the user who pressed a button, or None.
     """
     with transaction() as db:
-        set_offset(db, bot_id, update["update_id"] + 1)
-        if query := pick(update, "callback_query", dict):
-            return press(db, bot_id, query)
-        for kind in Telegram.allowed_updates:
-            message = pick(update, kind, dict)
-            chat = bot_id, pick_chat(message)
-            if chat[1] is None:
-                continue
-            chat_type = pick(message["chat"], "type", str)
-            if chat_type != "private":
-                overhear(db, chat, chat_type, kind, message)
-            elif kind == "message":
-                hear_once(db, chat, message, update["update_id"])
-            elif set_edited(db, chat, pick(message, "message_id", int), pick(message, "text", str)):
-                queue_text(db, chat, EDITED)
+        set_offset(db, heard.chat[0], heard.update_id + 1)
+        if heard.kind == "callback_query":
+            return press(db, heard)
+        if heard.chat[1] is None:
+            return None
+        if heard.place != "private":
+            overhear(db, heard)
+        elif heard.kind == "message":
+            hear_once(db, heard)
+        elif set_edited(db, heard.chat, heard.message_id, heard.text):
+            queue_text(db, heard.chat, EDITED)
     return None
 
 
-def hear_once(db, chat, message, update_id):
+def hear_once(db, heard):
     """Take in a message from a private chat, unless it was heard before."""
-    # One without an id of its own is told apart by its update.
-    text, message_id = pick(message, "text", str), pick(message, "message_id", int) or -update_id
-    if text is None and not any(map(message.get, MEDIA)):
+    chat, text = heard.chat, heard.text
+    if text is None and not heard.is_medium:
         return
-    if not add_heard(db, chat, message_id, text):
+    if not add_heard(db, chat, heard.message_id, text):
         return
     if text is not None:
-        hear(db, chat, text, message)
+        hear(db, heard)
     elif not text_only_limiter.try_once({chat: TEXT_ONLY_ANSWERS}):
         queue_text(db, chat, TEXT_ONLY)
 
 
-def overhear(db, chat, chat_type, kind, message):
+def overhear(db, heard):
     """Take in what is said in a group or channel: a link token that others see is dead.
 
     A group is told in the topic that linking is for private chats, once a month; a channel nothing.
     """
-    if pick(message, "migrate_from_chat_id", int):
+    limit = {heard.chat: GROUP_ANSWERS}
+    if heard.was_group:
         # It was told before it became a supergroup.
-        group_limiter.try_once({chat: GROUP_ANSWERS})
-    text, caption = pick(message, "text", str), pick(message, "caption", str) or ""
-    entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
-    tokens = SHOWN_TOKEN.findall(show_links(text or caption, entities))[:SHOWN_TOKENS]
+        group_limiter.try_once(limit)
+    tokens = SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
     seen = [token for token in tokens if spend_link_token(db, token)]
-    is_said = kind == "message" and (text or any(map(message.get, MEDIA)))
-    if chat_type not in ("group", "supergroup") or not (seen or is_said):
+    is_said = heard.kind == "message" and (heard.text or heard.is_medium)
+    if heard.place not in ("group", "supergroup") or not (seen or is_said):
         return
-    thread_id = pick(message, "message_thread_id", int)
-    if "reply_to_message" in message and not pick(message, "is_topic_message", bool):
-        # A thread of replies, not a topic.
-        thread_id = None
-    is_first = not group_limiter.try_once({chat: GROUP_ANSWERS})
+    is_first = not group_limiter.try_once(limit)
     if seen or is_first:
-        queue_text(db, chat, TOKEN_SEEN if seen else PRIVATE_ONLY, thread_id=thread_id)
+        answer = TOKEN_SEEN if seen else PRIVATE_ONLY
+        queue_text(db, heard.chat, answer, thread_id=heard.thread_id)
 
 
-def receive_or_skip(bot_id, update):
+def receive_or_skip(heard):
     """Receive an update, or skip it if it fails. Returns the answer to a pressed button, or None.
 
     Raises sqlite3.Error if the database fails: then the update is not skipped.
     """
     try:
-        return receive(bot_id, update)
+        return receive(heard)
     except Exception as error:
         if is_outage(error):
             raise
-        update_id = pick(update, "update_id", int)
-        log.error(f"update {update_id} is skipped", exc_info=without_text(error))
-    if update_id is not None:
+        log.error(f"update {heard.update_id} is skipped", exc_info=without_text(error))
+    if heard.update_id is not None:
         with transaction() as db:
-            set_offset(db, bot_id, update_id + 1)
+            set_offset(db, heard.chat[0], heard.update_id + 1)
     return TOO_LATE
 
 
@@ -2642,24 +2673,22 @@ class Telegram(Home):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         is_reached = True
         for update in updates:
-            said = receive_or_skip(self.id, update)
-            query = pick(update, "callback_query", dict)
-            if query and is_reached:
-                is_reached = self.answer_press(query, said)
+            heard = read_update(self.id, update)
+            said = receive_or_skip(heard)
+            if heard.query_id and is_reached:
+                is_reached = self.answer_press(heard, said)
         is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
 
-    def answer_press(self, query, said):
-        """Tell who pressed a button that it was noticed; the buttons go, unless it was too late.
+    def answer_press(self, heard, said):
+        """Tell the user who pressed a button that it was noticed; the buttons go, unless too late.
 
-        False when Telegram cannot be reached: the next ones may hang as well.
+        Returns False if Telegram cannot be reached: the next answers may hang as well.
         """
         is_reached = True
-        message = pick(query, "message", dict)
-        calls = [(apihelper.answer_callback_query, pick(query, "id", str), said)]
+        calls = [(apihelper.answer_callback_query, heard.query_id, said)]
         if said is None:
-            message_id = pick(message, "message_id", int)
-            calls.append((apihelper.edit_message_reply_markup, pick_chat(message), message_id))
+            calls.append((apihelper.edit_message_reply_markup, heard.chat[1], heard.message_id))
         for call, *arguments in calls:
             try:
                 call(self.token, *arguments)
@@ -2766,11 +2795,13 @@ class Terminal(Home):
         """Take in one typed line, however long the database may be away."""
         numbered = re.fullmatch("#0*([0-9]+) +(.*)", text)
         # No id is as long as what is cut.
-        message = int(numbered[1][:18]) if numbered else {}
+        number = int(numbered[1][:18]) if numbered else None
+        text = clean(numbered[2] if numbered else text)
+        heard = Heard((self.id, 0), text, text, number)
         while text.strip() and not stop.is_set():
             try:
                 with transaction() as db:
-                    hear(db, (self.id, 0), clean(numbered[2] if numbered else text), message)
+                    hear(db, heard)
                 return
             except sqlite3.Error:
                 log.exception("a typed line could not be stored; trying again")

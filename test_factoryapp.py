@@ -3189,6 +3189,53 @@ def test_text_to_the_bot_is_a_message_and_a_reply_goes_to_the_author(http, teleg
     ]
 
 
+def spoil(value, path=()):
+    """(path, copy) of a JSON value for each place of it and each thing that should not be there."""
+    for bad in (None, 5, -(2**70), True, "x", "\ud800\0", [], {}, [5], {"x": 5}):
+        yield path, bad
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            for inner_path, spoiled in spoil(inner, (*path, key)):
+                copy = value.copy()
+                copy[key] = spoiled
+                yield inner_path, copy
+
+
+NEEDED = {("chat",), ("chat", "id"), ("chat", "type"), ("text",), ("message_id",)}
+
+
+@pytest.mark.parametrize("kind", ["message", "callback_query"])
+def test_whatever_is_odd_in_an_update_no_text_is_lost(
+    http, telegram, bot_api, linked, monkeypatch, caplog, kind
+):
+    monkeypatch.setattr(factoryapp, "MAX_QUEUED", 10_000)
+    chat, me = {"id": 7, "type": "private"}, {"id": 7, "is_bot": False}
+    link = {"type": "text_link", "offset": 0, "length": 1, "url": "https://a.b"}
+    message = {
+        **{"message_id": 1, "date": 0, "chat": chat, "from": me, "text": "words"},
+        **{"entities": [link], "caption_entities": [link], "caption": "x", "media_group_id": "1"},
+        **{"forward_origin": {"type": "user"}, "forward_date": 1, "photo": [{"file_id": "x"}]},
+        **{"message_thread_id": 1, "is_topic_message": True, "migrate_from_chat_id": -5},
+        "reply_to_message": {"message_id": 9, "date": 0, "chat": chat, "from": me, "text": "x"},
+    }
+    if kind == "callback_query":
+        message = {"id": "5", "from": me, "data": "1:0", "message": message}
+    heard = 0
+    for n, (path, spoiled) in enumerate(spoil(message), 1):
+        if kind == "message" and isinstance(spoiled, dict) and spoiled.get("message_id") == 1:
+            spoiled["message_id"] = n
+        answer = factoryapp.receive_or_skip(
+            factoryapp.read_update(BOT_ID, {"update_id": n, kind: spoiled})
+        )
+        if kind == "message":
+            heard += path not in NEEDED and path != ()
+            assert count("messages") >= heard, (path, spoiled)
+        else:
+            assert answer in (None, factoryapp.TOO_LATE)
+        assert "skipped" not in caplog.text, (path, spoiled)
+    assert heard > 200 or kind != "message"
+
+
 def test_reply_to_anything_that_the_bot_repeated_is_linked(http, telegram, bot_api, pair):
     alice, bob = pair
     post(http, alice, "слово " * 1000, recipient="bob")
@@ -4151,10 +4198,10 @@ def test_token_of_the_bot_enters_no_log_and_no_row_whatever_an_answer_quotes(
 def test_update_that_fails_is_skipped(http, telegram, bot_api, caplog, monkeypatch):
     headers, real = join(http, "alice"), factoryapp.converse
 
-    def fail_at_first(db, chat, *args):
-        if chat == (BOT_ID, 6):
+    def fail_at_first(db, heard):
+        if heard.chat == (BOT_ID, 6):
             raise KeyError(bot_api.updates)  # which has the text
-        return real(db, chat, *args)
+        return real(db, heard)
 
     monkeypatch.setattr(factoryapp, "converse", fail_at_first)
     bot_api.write(6, "a secret")
