@@ -25,7 +25,7 @@ Rooms, each using only those above it:
   Bot       the conversation and its two homes
 
 To add a setting: Settings, read_arguments(), README. A route: Routes alone, it describes itself. A
-column: schema.sql, the Store, SCHEMA_VERSION with a step of LADDER. A sentence of the bot: Texts.
+column: schema.sql, a step of LADDER, the Store. A sentence of the bot: Texts.
 
 Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks
 in the terminal.
@@ -808,40 +808,48 @@ def checkpoint(db):
         log.warning(f"the write-ahead log was not copied, and grows: {error}")
 
 
-# What a step to the next version changes in the rows, before climb() copies them into the tables of
-# schema.sql. It may be empty.
+# Steps from a version of the schema to the next: SQL for before schema.sql is applied, and after.
 LADDER = {
-    5: """
-    -- Older names may differ by case alone.
-    UPDATE users SET folded = folded || ' ' || id
-        WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
-    -- Queues that were being moved or given up.
-    UPDATE outbox SET bot_id = to_bot_id, chat_id = to_chat_id FROM leftovers AS l
-        WHERE (outbox.bot_id, outbox.chat_id) = (l.bot_id, l.chat_id) AND outbox.id <= last_id
-        AND given_up_at IS NULL AND to_chat_id IS NOT NULL;
-    UPDATE outbox SET given_up_at = strftime('%Y-%m-%dT%H:%M:%fZ', 'now'), error = reason
-        FROM leftovers AS l
-        WHERE (outbox.bot_id, outbox.chat_id) = (l.bot_id, l.chat_id) AND outbox.id <= last_id
-        AND given_up_at IS NULL AND to_chat_id IS NULL;
-    UPDATE messages SET delivery = 'failed', failure = error FROM outbox
-        WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
-        AND NOT is_own_copy;
-    -- What is still to come.
-    CREATE TABLE scheduled AS
-        SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent) AS silent,
-            reply_to, choices
-        FROM messages AS m JOIN outbox ON message_id = m.id
-        WHERE delivery = 'queued' AND NOT is_own_copy AND outbox.send_at > strftime('%s', 'now') + 0
-        GROUP BY m.id;
-    DELETE FROM outbox WHERE message_id IN (SELECT id FROM scheduled);
-    DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
-    UPDATE messages SET reply_to = NULL WHERE reply_to IN (SELECT id FROM scheduled);
-    UPDATE scheduled SET reply_to = NULL WHERE reply_to IN (SELECT id FROM scheduled);
-    ALTER TABLE outbox ADD COLUMN is_first INTEGER;
-    UPDATE outbox SET is_first = send_at >= 0
-        AND id - 1 NOT IN (SELECT id FROM outbox WHERE NOT is_last);
-    DROP TABLE idempotency_keys
-    """
+    5: (
+        """
+        -- Older names may differ by case alone.
+        UPDATE users SET folded = folded || ' ' || id
+            WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
+        ALTER TABLE users DROP COLUMN tokens_from;
+        ALTER TABLE messages ADD COLUMN scheduled_id INTEGER;
+        ALTER TABLE outbox ADD COLUMN is_first INTEGER NOT NULL DEFAULT 1
+            CHECK (is_first IN (0, 1));
+        DROP TABLE idempotency_keys
+        """,
+        """
+        -- Queues that were being moved or given up.
+        UPDATE outbox SET bot_id = coalesce(to_bot_id, l.bot_id), error = reason,
+            chat_id = coalesce(to_chat_id, l.chat_id), given_up_at = CASE WHEN to_chat_id IS NULL
+                THEN strftime('%Y-%m-%dT%H:%M:%fZ', 'now') END
+            FROM leftovers AS l WHERE outbox.bot_id = l.bot_id AND outbox.chat_id = l.chat_id
+            AND outbox.id <= last_id AND given_up_at IS NULL;
+        UPDATE messages SET delivery = 'failed', failure = error FROM outbox
+            WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
+            AND NOT is_own_copy;
+        -- What is still to come.
+        INSERT INTO scheduled
+            SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent),
+                reply_to, choices
+            FROM messages AS m JOIN outbox ON message_id = m.id
+            WHERE delivery = 'queued' AND NOT is_own_copy
+            AND outbox.send_at > strftime('%s', 'now') + 0 GROUP BY m.id;
+        DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
+        UPDATE outbox SET is_first = send_at >= 0
+            AND id - 1 NOT IN (SELECT id FROM outbox WHERE NOT is_last);
+        DROP INDEX users_by_folded;
+        DROP INDEX outbox_waiting;
+        ALTER TABLE outbox DROP COLUMN send_at;
+        ALTER TABLE heard DROP COLUMN album;
+        ALTER TABLE heard DROP COLUMN was_told;
+        DROP TABLE leftovers;
+        DROP TABLE told_groups
+        """,
+    )
 }
 
 
@@ -881,19 +889,15 @@ def read_version(db):
     elif {"signing_key", "leftovers"} <= names:
         # Maybe read back from a dump, which has no PRAGMAs.
         version = 5
-    elif names and db.one("PRAGMA application_id")[0] != APPLICATION_ID:
+    elif names:
         raise BadSetting(
-            f"The database {settings.db} is another program's: name another file with --db."
+            f"The database {settings.db} is another program's, or of an old version: name another "
+            "file with --db, or start version 1.1.0 with it once."
         )
     if version > SCHEMA_VERSION:
         raise BadSetting(
             f"The database {settings.db} is from a newer version of FactoryApp: start that "
             "version, or name another file with --db."
-        )
-    if 0 < version < min(LADDER):
-        raise BadSetting(
-            f"The database {settings.db} is from an old version of FactoryApp: start version 1.1.0 "
-            "with it once, then this one."
         )
     return version
 
@@ -927,41 +931,6 @@ def apply(db, script):
     """Execute the statements of a script, within the transaction that has begun."""
     for statement in script.split(";\n"):
         db.execute(statement)
-
-
-def climb(db, schema, version):
-    """Make every table of an older database anew, as schema.sql has it, and copy the rows.
-
-    LADDER changes the rows before. Foreign keys must be off.
-    """
-    for step in range(version, SCHEMA_VERSION):
-        apply(db, LADDER[step])
-    old = db.execute("SELECT type, name FROM sqlite_master WHERE name NOT GLOB 'sqlite_*'")
-    tables = []
-    for kind, name in old.fetchall():
-        if kind == "table":
-            tables.append(name)
-            db.execute(f"ALTER TABLE {name} RENAME TO old_{name}")
-        else:
-            db.execute(f"DROP {kind} {name}")
-    apply(db, schema)
-    for name in tables:
-        both = db.run(
-            """
-            SELECT name FROM pragma_table_info(?) INTERSECT SELECT name FROM pragma_table_info(?)
-            """,
-            name,
-            f"old_{name}",
-        )
-        if columns := ", ".join(column for (column,) in both):
-            db.execute(f"INSERT INTO {name} ({columns}) SELECT {columns} FROM old_{name}")
-    # No id is used twice, even if its row is gone.
-    db.execute("DELETE FROM sqlite_sequence WHERE name NOT GLOB 'old_*'")
-    db.execute("UPDATE sqlite_sequence SET name = substr(name, 5)")
-    for name in tables:
-        db.execute(f"DROP TABLE old_{name}")
-    if db.one("PRAGMA foreign_key_check"):
-        raise sqlite3.IntegrityError("rows would refer to others that are not there")
 
 
 def make_private(path):
@@ -1017,12 +986,10 @@ def open_store():
         db = connection()
         if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise sqlite3.OperationalError("SQLite or its file system has no write-ahead log")
-        # Tables that others refer to may be made anew.
-        db.execute("PRAGMA foreign_keys = OFF")
         with transaction():
-            if 0 < version < SCHEMA_VERSION:
-                climb(db, schema, version)
-            apply(db, schema)
+            steps = [LADDER[step] for step in range(version or SCHEMA_VERSION, SCHEMA_VERSION)]
+            for script in (*(step[0] for step in steps), schema, *(step[1] for step in steps)):
+                apply(db, script)
             db.run("INSERT OR REPLACE INTO factoryapp VALUES (1, ?)", SCHEMA_VERSION)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -1030,7 +997,6 @@ def open_store():
                 "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
                 secrets.token_bytes(SECRET_MIN_BYTES),
             )
-        db.execute("PRAGMA foreign_keys = ON")
         # Without the -shm nothing is lost.
         opened.files = {path: os.stat(path) for path in paths[:2]}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]

@@ -1,8 +1,8 @@
 -- FactoryApp's database. Applied whole at every start: it adds what is missing and drops nothing.
 --
 -- *_at columns that end up in an answer are ISO 8601 text in UTC with a Z; those the server computes with are seconds since
--- 1970 (REAL). An older database is made anew by this file, and its rows are copied; what else has to change is a step of
--- LADDER in factoryapp.py. A statement ends with a semicolon at the end of a line, and nothing else does.
+-- 1970 (REAL). What an older database needs besides is a step of LADDER in factoryapp.py; its columns come last here. Nothing
+-- but a statement ends with a semicolon at the end of a line.
 
 -- Says that the database is FactoryApp's, and of which schema. PRAGMA user_version and application_id say so as well, but
 -- `sqlite3 .dump` leaves them out.
@@ -22,8 +22,9 @@ CREATE TABLE IF NOT EXISTS users (
     username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
     created_at TEXT NOT NULL,
-    folded     TEXT NOT NULL UNIQUE                -- the name without case: no two differ by that alone
+    folded     TEXT NOT NULL DEFAULT ''            -- the name without case: no two differ by that alone
 ) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS users_by_case ON users (folded);
 
 -- Refresh tokens that were ended before their time.
 CREATE TABLE IF NOT EXISTS blacklisted_tokens (
@@ -90,10 +91,10 @@ CREATE TABLE IF NOT EXISTS messages (
         CHECK (delivery IN ('queued', 'sent', 'failed', 'unlinked', 'cancelled')),
     failure      TEXT,                               -- why that was given up, in Telegram's words
     send_at      TEXT,                               -- when it was to be published; NULL: it was posted
-    scheduled_id INTEGER,                            -- what its id was until then, by which its sender finds it
     reply_to     INTEGER REFERENCES messages ON DELETE SET NULL,  -- the message it answers
     choices      TEXT,                               -- JSON array of the buttons below it
-    was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1))  -- one of them was pressed
+    was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1)),  -- one of them was pressed
+    scheduled_id INTEGER                             -- what its id was while it was scheduled, by which its sender finds it
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
@@ -145,10 +146,9 @@ CREATE TABLE IF NOT EXISTS outbox (
     bot_id      INTEGER NOT NULL,
     chat_id     INTEGER NOT NULL,
     text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
-    message_id  INTEGER REFERENCES messages ON DELETE CASCADE,  -- that this is a copy of (a part of it); NULL: an answer of the bot
+    message_id  INTEGER REFERENCES messages,       -- that this is a copy of (a part of it); NULL: an answer of the bot
     is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
-    is_first    INTEGER NOT NULL DEFAULT 1 CHECK (is_first IN (0, 1)),  -- of the parts of that copy
-    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),
+    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
     silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
     queued_at   REAL NOT NULL,
     attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
@@ -158,9 +158,10 @@ CREATE TABLE IF NOT EXISTS outbox (
     thread_id   INTEGER,                           -- the topic of a forum group that it is for; else NULL
     pause       REAL NOT NULL DEFAULT 0,           -- seconds from the last attempt to due_at: the clock may be set back
     failing_since REAL,                            -- the first failed attempt
-    missing_since REAL                             -- of the last attempts, the first that was told: chat not found
+    missing_since REAL,                            -- of the last attempts, the first that was told: chat not found
+    is_first    INTEGER NOT NULL DEFAULT 1 CHECK (is_first IN (0, 1))  -- of the parts of that copy
 ) STRICT;
-CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_queue ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
 CREATE INDEX IF NOT EXISTS outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
@@ -169,7 +170,11 @@ CREATE TABLE IF NOT EXISTS relayed (
     bot_id              INTEGER NOT NULL,
     chat_id             INTEGER NOT NULL,
     telegram_message_id INTEGER NOT NULL,
-    message_id          INTEGER NOT NULL REFERENCES messages ON DELETE CASCADE,
+    message_id          INTEGER NOT NULL REFERENCES messages,
     PRIMARY KEY (bot_id, chat_id, telegram_message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS relayed_by_message ON relayed (message_id);
+
+-- What stands on a message goes with it.
+CREATE TRIGGER IF NOT EXISTS messages_deleted BEFORE DELETE ON messages BEGIN
+    DELETE FROM outbox WHERE message_id = OLD.id; DELETE FROM relayed WHERE message_id = OLD.id; END;
