@@ -60,7 +60,6 @@ import time
 import unicodedata
 import urllib.parse
 import weakref
-import zlib
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -471,12 +470,8 @@ class Turns:
         if max(turn.due_at, self.paced_at()) < self.looked_at:
             self.changed.notify()
 
-    def first(self):
-        """The first turn; where there is none, one that never comes. The caller holds the lock."""
-        return self.order[0] if self.order else Turn(math.inf, 0, "")
-
     def paced_at(self):
-        """When the bot may speak again."""
+        """Return when the bot may speak again, in ticks."""
         if len(self.sent_at) < SENDS_BURST:
             return self.barred_until
         # So many at once in each such time make SENDS_PER_SECOND.
@@ -491,18 +486,16 @@ class Turns:
                 self.put(chat_id, Again(0, "early"))
 
     def take(self, wait_seconds=0):
-        """The chat whose turn it is, or None when nobody's comes in time.
+        """Return the chat whose turn it is, or None if no turn comes in time.
 
-        It must be given back.
+        The chat must be given back.
         """
         ends_at = time.monotonic() + wait_seconds
         with self.changed:
             while True:
-                turn = self.first()
-                due_at = max(turn.due_at, self.paced_at())
+                due_at = max(self.order[0].due_at if self.order else math.inf, self.paced_at())
                 if due_at <= ticks():
-                    self.start(turn)
-                    return turn.chat_id
+                    return self.start()
                 left = ends_at - time.monotonic()
                 if left <= 0 or self.bot_id is None:
                     return None
@@ -514,17 +507,22 @@ class Turns:
                     # Another sender looks then.
                     self.changed.wait(left)
 
-    def start(self, turn):
-        """Take the first turn, which has come. The caller holds the lock."""
-        heappop(self.order)
-        self.due.remove(turn.chat_id)
-        self.busy[turn.chat_id] = self.back_at
+    def start(self):
+        """Begin the first turn, which has come. Returns its chat. The caller holds the lock."""
+        chat_id = heappop(self.order).chat_id
+        self.due.remove(chat_id)
+        self.busy[chat_id] = self.back_at
         self.sent_at.append(ticks())
         # The next turn may have come as well.
         self.changed.notify()
+        return chat_id
 
     def claim(self, chat_id, delivery):
-        """False when it is being sent already, to the chat its account had before, or is held."""
+        """Reserve a delivery for the sender that has this chat's turn.
+
+        Returns False if another sender has it in flight (the account moved to another chat), or if
+        its message is held.
+        """
         with self.changed:
             sent = [row["id"] for row in self.sending.values()]
             if delivery["id"] in sent or delivery["message_id"] in self.held:
@@ -532,22 +530,22 @@ class Turns:
             self.sending[chat_id] = delivery
             return True
 
-    @contextmanager
     def hold(self, message_id):
-        """Let nothing of a message be sent meanwhile.
+        """Let nothing of a message be sent until release().
 
-        Yields False when its recipient's copy is being sent already.
+        Returns False if its recipient's copy is being sent already.
         """
         with self.changed:
             self.held.append(message_id)
-            is_free = all(
+            return all(
                 row["message_id"] != message_id or row["is_own_copy"]
                 for row in self.sending.values()
             )
-        try:
-            yield is_free
-        finally:
-            with self.changed:
+
+    def release(self, message_ids):
+        """Take back a hold of each of these messages."""
+        with self.changed:
+            for message_id in message_ids:
                 self.held.remove(message_id)
 
     def give_back(self, chat_id, again):
@@ -597,10 +595,10 @@ turns = Turns()
 
 
 class news:
-    """The users of whom something was committed, for the one thread that takes them."""
+    """Whether something was committed, for the one thread that looks after waiting requests."""
 
-    user_ids = deque()
-    wake = staticmethod(lambda: None)  # wakes that thread, if it has to do with them
+    is_new = False
+    wake = staticmethod(lambda: None)  # wakes that thread, if a request waits
 
 
 # --- Store ----------------------------------------------------------------------------------------
@@ -620,7 +618,7 @@ class Connection(sqlite3.Connection):
     """A thread's connection, with what its transaction has to remember until the commit."""
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
-    changed_for: set  # ids of the users that see something new
+    held: list  # ids of the messages of which nothing is to be sent until its end
     busy_timeout = None  # milliseconds, where that was set
 
     def wait_for_others(self, seconds):
@@ -727,6 +725,7 @@ def transaction():
         with savepoint(db):
             yield db
         return
+    db.queued_for, db.held = set(), []
     ends_at = ticks() + patience()
     if not write_lock.acquire(timeout=patience()):
         raise sqlite3.OperationalError("other threads write for too long")
@@ -735,17 +734,16 @@ def transaction():
         db.execute("BEGIN IMMEDIATE")
         # Not before: it may have waited for seconds.
         check_files()
-        db.queued_for, db.changed_for = set(), set()
         yield db
         commit(db)
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")
         write_lock.release()
+        turns.release(db.held)
     for bot_id, chat_id in db.queued_for:
         turns.wake(bot_id, chat_id)
-    # First told, then woken: who begins to wait in between looks before it sleeps.
-    news.user_ids.extend(db.changed_for)
+    news.is_new = True
     news.wake()
 
 
@@ -816,6 +814,7 @@ LADDER = {
         UPDATE users SET folded = folded || ' ' || id
             WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
         ALTER TABLE users DROP COLUMN tokens_from;
+        ALTER TABLE users ADD COLUMN changes INTEGER NOT NULL DEFAULT 0;
         ALTER TABLE messages ADD COLUMN scheduled_id INTEGER;
         ALTER TABLE outbox ADD COLUMN is_first INTEGER NOT NULL DEFAULT 1
             CHECK (is_first IN (0, 1));
@@ -1020,7 +1019,7 @@ def add_user(db, username, password_hash):
 
 
 # The columns of a user, wherever one is read.
-USER = "users.id, username, password"
+USER = "users.id, username, password, changes"
 
 
 def find_user(db, user_id):
@@ -1035,10 +1034,16 @@ def set_password(db, user_id, old_hash, new_hash):
     """Change the password: every token and key ends. Returns False if it was changed before."""
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
     db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
-    db.changed_for.add(user_id)
     return db.changes(
         "UPDATE users SET password = ? WHERE id = ? AND password = ?", new_hash, user_id, old_hash
     )
+
+
+def list_changes(db, user_ids):
+    """Return (id, changes) of each of these users."""
+    return db.run(
+        "SELECT id, changes FROM users WHERE id IN (SELECT value FROM json_each(?))", user_ids
+    ).fetchall()
 
 
 def add_key(db, user_id, name, key, expires_at):
@@ -1076,8 +1081,7 @@ def find_key_user(db, key):
 
 
 def delete_key(db, user_id, key_id):
-    """False when the user has no such key."""
-    db.changed_for.add(user_id)
+    """Delete an API key. Returns False if the user has no such key."""
     return db.changes("DELETE FROM api_keys WHERE id = ? AND user_id = ?", key_id, user_id)
 
 
@@ -1219,11 +1223,9 @@ def set_edited(db, chat, message_id, text):
     )
 
 
-def add_message(db, sender_id, recipient_id, **columns):
+def add_message(db, **columns):
     """Store a message. Returns its id."""
-    db.changed_for |= {sender_id, recipient_id}
-    users = {"sender_id": sender_id, "recipient_id": recipient_id}
-    return db.insert("messages", created_at=iso(now()), **users, **columns)
+    return db.insert("messages", created_at=iso(now()), **columns)
 
 
 # Messages as they are answered, in UTF-8, each after its id.
@@ -1387,16 +1389,15 @@ def is_queue_full(db, sender_id, recipient_id):
 
 def cancel_message(db, message_id):
     """Let no more of a message be sent. Returns False if something of it has been."""
-    users = db.run(
+    is_cancelled = db.changes(
         """
         UPDATE messages SET delivery = 'cancelled'
         WHERE id = :id AND delivery = 'queued' AND EXISTS (
             SELECT 1 FROM outbox WHERE message_id = :id AND NOT is_own_copy AND is_first)
-        RETURNING sender_id, recipient_id
         """,
         id=message_id,
-    ).fetchall()
-    if users:
+    )
+    if is_cancelled:
         # Not deleted: while an own copy is in flight, nothing else may get its id.
         db.run(
             """
@@ -1406,25 +1407,16 @@ def cancel_message(db, message_id):
             iso(now()),
             message_id,
         )
-    db.changed_for.update(*users)
-    return users != []
+    return is_cancelled
 
 
-def add_scheduled(db, sender_id, send_at, recipient_id, **columns):
+def add_scheduled(db, send_at, **columns):
     """Store a message that is to be published. Returns its id, which no message has or gets."""
-    db.changed_for.add(sender_id)
     (message_id,) = db.one(
         "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'messages' RETURNING seq"
     )
-    db.insert(
-        "scheduled",
-        id=message_id,
-        sender_id=sender_id,
-        recipient_id=recipient_id,
-        created_at=iso(now()),
-        send_at=iso(send_at),
-        **columns,
-    )
+    at = {"created_at": iso(now()), "send_at": iso(send_at)}
+    db.insert("scheduled", id=message_id, **at, **columns)
     return message_id
 
 
@@ -1445,16 +1437,13 @@ def set_send_at(db, message_id, send_at):
 
 def delete_scheduled(db, message_id):
     """Delete a scheduled message. Returns it, or None if it was published or cancelled before."""
-    message = db.one(
+    return db.one(
         """
         DELETE FROM scheduled WHERE id = ? RETURNING
             id AS scheduled_id, sender_id, recipient_id, text, send_at, silent, reply_to, choices
         """,
         message_id,
     )
-    if message:
-        db.changed_for.add(message["sender_id"])
-    return message
 
 
 def delete_all_scheduled(db, sender_id):
@@ -1633,7 +1622,6 @@ SETTLE_SENT = (
     """
     UPDATE messages SET delivery = 'sent'
     WHERE id = :message_id AND delivery = 'queued' AND :is_last AND NOT :is_own_copy
-    RETURNING sender_id, recipient_id
     """,
     """
     INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
@@ -1647,7 +1635,7 @@ def settle_sent(db, delivery, telegram_message_id):
     """The delivery is done: forget it, but remember what a reply to it would answer."""
     values = {**delivery, "telegram_message_id": telegram_message_id}
     for statement in SETTLE_SENT:
-        db.changed_for.update(*db.execute(statement, values))
+        db.execute(statement, values)
 
 
 def settle_later(db, delivery, pause, error, is_missing):
@@ -1691,7 +1679,7 @@ def fail_messages(db, message_ids, reason):
 
     (sender id, recipient id) of each of which that was not known.
     """
-    failed = db.run(
+    return db.run(
         """
         UPDATE messages SET delivery = 'failed', failure = ?
         WHERE id IN (SELECT value FROM json_each(?)) AND delivery <> 'failed'
@@ -1700,8 +1688,6 @@ def fail_messages(db, message_ids, reason):
         reason,
         message_ids,
     ).fetchall()
-    db.changed_for.update(*failed)
-    return failed
 
 
 def find_relayed(db, chat, telegram_message_id):
@@ -1899,16 +1885,17 @@ def relay(db, sender, recipient, text, source, silent=False, **columns):
 
     `columns` are other columns of the message. Returns its (id, delivery).
     """
-    ids, chat = (sender["id"], recipient["id"]), find_chat(db, recipient["id"])
+    users = {"sender_id": sender["id"], "recipient_id": recipient["id"]}
+    chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
-    message_id = add_message(db, *ids, text=text, source=source, delivery=delivery, **columns)
+    message_id = add_message(db, **users, text=text, source=source, delivery=delivery, **columns)
 
     def queue_copy(chat, words, is_own_copy=False):
         username, about = sender["username"], {"message_id": message_id, "silent": silent}
         copy = words.format(username=username, recipient=recipient["username"], text=text)
         queue_text(db, chat, copy, username, is_own_copy=is_own_copy, **about)
 
-    if ids[0] == ids[1]:
+    if sender["id"] == recipient["id"]:
         queue_copy(chat, OWN_COPY)
     else:
         queue_copy(chat, FROM_ANOTHER)
@@ -2886,7 +2873,7 @@ output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-pat
 </div></li></template>
 <script>"use strict";
 const SHOWN = 50;  // messages, at first and at each "Earlier messages"
-const WATCHED = 150;  // messages whose delivery is watched; an answer of more than 200 has no ETag
+const WATCHED = 150;  // messages that are asked for again with each change
 const MOST = 300;  // messages that are shown when no earlier ones are asked for: more are slow
 const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, CROWDED_SECONDS = 5;
 const WORDS = [  // of the server, and ours for people
@@ -3130,9 +3117,9 @@ async function listNews({after, etag}, signal) {
     const news = answer.value.findLast((message) => message.id > seen && !isMine(message));
     if (news) write($("news"), `${news.sender}: ${news.text}`.slice(0, 300));
     if (answer.value.length) await showAccount();
-    // Too many wait already, or the messages are too long for an ETag.
+    // Too many wait already.
     const isCrowded = wait && answer.status === 304 && Date.now() - began < 1000;
-    if (!answer.etag || isCrowded) await pause(CROWDED_SECONDS, signal);
+    if (isCrowded) await pause(CROWDED_SECONDS, signal);
     return {after: from, etag: answer.etag};
 }
 
@@ -3228,6 +3215,9 @@ def refuse_for(wait):
         raise refusal(429, detail, Retry_After=str(wait))
 
 
+# Another one at each start: a database that was restored counts changes anew.
+STARTED = secrets.token_hex(4)
+
 # What we answer is nobody else's, and nothing but what it says it is.
 PRIVATE_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 
@@ -3306,9 +3296,9 @@ def answers(status, schema, *refusals):
 
 
 class WaitForNews(BaseException):
-    """The request (user id, until when, in ticks) waits, to be served again from its beginning.
+    """The request waits, to be served again from its beginning: (user, until when, in ticks).
 
-    When something of the user's was committed, or its time is over. No error, as Elsewhere.
+    When something of the user's has changed, or its time is over. No error, as Elsewhere.
     """
 
 
@@ -3931,27 +3921,29 @@ def answer_list(listing, user, **given):
     return b"[%s]" % piece if is_whole else stream_rows(listing, page)
 
 
-def answer_news(user, wait, body, is_nothing):
-    """The answer with its ETag, 304 where the client has it. It may wait for something new.
+def answer_unchanged(user, wait):
+    """Set the ETag of the user's lists. Raises HTTPResponse 304 if the client has it, after a wait.
 
-    RFC 9110, section 13.1.2. Raises HTTPResponse, WaitForNews.
+    RFC 9110, section 13.1.2. Raises WaitForNews.
     """
-    # A page that is full changes when there is a next one.
-    link = response.get_header("Link", "")
-    # A CRC: SHA-256 would take a list of 100 a twentieth of its time.
-    etag = f'"{zlib.crc32(body + link.encode()):08x}-{len(body):x}"'
-    known = request.environ.get("HTTP_IF_NONE_MATCH")
-    is_known = known is not None and (etag in known or known.strip() == "*")
-    if wait and (is_nothing if known is None else is_known):
-        until = request.environ["factoryapp.waits_until"]
-        if until is None:
-            until = ticks() + wait
-        if ticks() < until:
-            raise WaitForNews(user["id"], until)
-    if is_known:
+    etag = f'"{STARTED}-{user["id"]}-{user["changes"]}"'
+    known = request.environ.get("HTTP_IF_NONE_MATCH", "")
+    if etag in known or known.strip() == "*":
+        wait_for_news(user, wait)
         raise HTTPResponse(status=304, ETag=etag)
     response.set_header("ETag", etag)
-    return body
+
+
+def wait_for_news(user, wait):
+    """Let the request wait until something of the user's changes, or its seconds are over.
+
+    Returns when they are. Raises WaitForNews.
+    """
+    until = request.environ["factoryapp.waits_until"]
+    if until is None:
+        until = ticks() + (wait or 0)
+    if ticks() < until:
+        raise WaitForNews(user, until)
 
 
 def end_page(listing, page, given):
@@ -4459,7 +4451,8 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
         refuse_for(wait_to_send(db, user, recipients))
         message = {"text": text, "silent": bool(silent), "reply_to": reply_to, "choices": choices}
         if send_at and send_at > now():
-            ids = [add_scheduled(db, user["id"], send_at, to["id"], **message) for to in recipients]
+            message |= {"sender_id": user["id"], "send_at": send_at}
+            ids = [add_scheduled(db, recipient_id=to["id"], **message) for to in recipients]
         else:
             ids = [relay(db, user, to, source="api", **message)[0] for to in recipients]
         messages = [find_message(db, message_id, user["id"]) for message_id in ids]
@@ -4532,8 +4525,11 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
         listing, reply_to = OWN_ANSWERS, find_new_id(connection(), reply_to, user["id"])
     elif delivery == "scheduled":
         listing = OWN_SCHEDULED
+    answer_unchanged(user, wait)
     body = answer_list(listing, user, delivery=delivery, reply_to=reply_to, **page)
-    return answer_news(user, wait, body, body == b"[]") if isinstance(body, bytes) else body
+    if body == b"[]" and "HTTP_IF_NONE_MATCH" not in request.environ:
+        wait_for_news(user, wait)
+    return body
 
 
 @app.get("/api/messages/<message_id:re:[0-9]{1,19}>/")
@@ -4547,8 +4543,11 @@ def show_message(user, message_id, wait):
     One that you sent or received; of others you are told that they are not there.
     """
     message = own_message(user, message_id)
-    is_queued = wait and json.loads(message)["delivery"] in ("scheduled", "queued")
-    return answer_news(user, wait, message, is_queued)
+    answer_unchanged(user, wait)
+    is_queued = json.loads(message)["delivery"] in ("scheduled", "queued")
+    if is_queued and "HTTP_IF_NONE_MATCH" not in request.environ:
+        wait_for_news(user, wait)
+    return message
 
 
 def own_message(user, message_id):
@@ -4560,9 +4559,7 @@ def own_message(user, message_id):
     return message
 
 
-# Patient: it waits for what is written before.
 @app.delete("/api/messages/<message_id:re:[0-9]{1,19}>/")
-@waits("patient")
 @signed_in
 @answers(200, A_MESSAGE, 403, 404, 409)
 def cancel(user, message_id):
@@ -4571,15 +4568,17 @@ def cancel(user, message_id):
     Nothing more is sent of one of yours, if nothing of it has reached its recipient. A scheduled
     one is deleted.
     """
-    message = json.loads(own_message(user, message_id))
-    if message["sender"] != user["username"]:
-        raise refusal(403, "Only its sender can cancel a message.")
-    with turns.hold(message["id"]) as is_free, transaction() as db:
-        if delete_scheduled(db, message["id"]):
+    with transaction() as db:
+        message = json.loads(own_message(user, message_id))
+        message_id = message["id"]
+        if message["sender"] != user["username"]:
+            raise refusal(403, "Only its sender can cancel a message.")
+        if delete_scheduled(db, message_id):
             return message | {"delivery": "cancelled"}
-        if not is_free or not cancel_message(db, message["id"]):
+        db.held.append(message_id)
+        if not turns.hold(message_id) or not cancel_message(db, message_id):
             raise refusal(409, "Only what is queued, and not on its way yet, can be cancelled.")
-        return find_message(db, message["id"], user["id"])
+        return find_message(db, message_id, user["id"])
 
 
 # --- OpenAPI --------------------------------------------------------------------------------------
@@ -5085,7 +5084,7 @@ class Server(TcpWSGIServer):
         self.channels = set()
         self.arrived = deque()  # answers to be made
         self.made = deque()  # answers that came back from a pool
-        self.waiting = {}  # answer that waits for news: its user's id
+        self.waiting = {}  # answer that waits for news: its user, as it was then
         news.wake = self.wake_for_news
         self.thread = None  # the serving thread, once it serves
         self.is_ending = False
@@ -5127,12 +5126,15 @@ class Server(TcpWSGIServer):
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         looks_at = time.monotonic()
         while not self.is_ending:
-            self.poll(0 if self.arrived or news.user_ids else self.time_to_wait())
+            is_busy = self.arrived or (news.is_new and self.waiting)
+            self.poll(0 if is_busy else self.time_to_wait())
             self.end_waiting()
             self.serve_round()
             if time.monotonic() >= looks_at:
                 looks_at = time.monotonic() + 1
                 self.close_slow(time.monotonic())
+                # Another process may have written.
+                news.is_new = True
         self.end_waiting(is_over=True)
         self.serve_round()
         ends_at = time.monotonic() + STOP_SECONDS / 2
@@ -5157,12 +5159,12 @@ class Server(TcpWSGIServer):
         if sum(len(channel.unsent) for channel in self.channels) > UNSENT_BYTES:
             max(self.channels, key=lambda channel: len(channel.unsent)).handle_close()
 
-    def wait_for_news(self, answer, user_id, until):
+    def wait_for_news(self, answer, user, until):
         """Keep a request until there is news. With as many as may wait, it is answered at once."""
         answer.waits_until = until
-        of_user = sum(waiting_id == user_id for waiting_id in self.waiting.values())
+        of_user = sum(waiting["id"] == user["id"] for waiting in self.waiting.values())
         if len(self.waiting) < WAITING and of_user < WAITING_OF_A_USER:
-            self.waiting[answer] = user_id
+            self.waiting[answer] = user
         else:
             answer.waits_until = 0
             self.arrived.append(answer)
@@ -5174,11 +5176,17 @@ class Server(TcpWSGIServer):
 
     def end_waiting(self, is_over=False):
         """Let requests arrive again that have news, or whose time is over."""
-        changed_for = {news.user_ids.popleft() for _ in range(len(news.user_ids))}
-        for answer, user_id in list(self.waiting.items()):
+        changes = {}
+        if news.is_new and self.waiting:
+            # Before it is read: what is committed meanwhile is news again.
+            news.is_new = False
+            user_ids = [user["id"] for user in self.waiting.values()]
+            changes = dict(list_changes(connection(), user_ids))
+        for answer, user in list(self.waiting.items()):
             if is_over:
                 answer.waits_until = 0
-            if user_id in changed_for or answer.waits_until <= ticks():
+            is_changed = changes.get(user["id"], user["changes"]) != user["changes"]
+            if is_changed or answer.waits_until <= ticks():
                 del self.waiting[answer]
                 self.arrived.append(answer)
 

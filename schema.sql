@@ -22,7 +22,8 @@ CREATE TABLE IF NOT EXISTS users (
     username   TEXT NOT NULL UNIQUE CHECK (length(username) BETWEEN 1 AND 150),  -- trimmed, NFKC
     password   TEXT NOT NULL,                      -- scrypt$N$r$p$salt$hash, the last two in base64
     created_at TEXT NOT NULL,
-    folded     TEXT NOT NULL DEFAULT ''            -- the name without case: no two differ by that alone
+    folded     TEXT NOT NULL DEFAULT '',           -- the name without case: no two differ by that alone
+    changes    INTEGER NOT NULL DEFAULT 0          -- raised with each change that the user may see: see the triggers
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS users_by_case ON users (folded);
 
@@ -176,5 +177,24 @@ CREATE TABLE IF NOT EXISTS relayed (
 CREATE INDEX IF NOT EXISTS relayed_by_message ON relayed (message_id);
 
 -- What stands on a message goes with it.
-CREATE TRIGGER IF NOT EXISTS messages_deleted BEFORE DELETE ON messages BEGIN
+CREATE TRIGGER IF NOT EXISTS messages_deleting BEFORE DELETE ON messages BEGIN
     DELETE FROM outbox WHERE message_id = OLD.id; DELETE FROM relayed WHERE message_id = OLD.id; END;
+
+-- users.changes: an ETag is made of it, and a waiting request waits until it is raised. So it counts, in the same transaction
+-- and whoever writes, all that changes what a user's lists show, or who may read them.
+CREATE TRIGGER IF NOT EXISTS messages_added AFTER INSERT ON messages BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id IN (NEW.sender_id, NEW.recipient_id); END;
+CREATE TRIGGER IF NOT EXISTS messages_changed AFTER UPDATE ON messages BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id IN (NEW.sender_id, NEW.recipient_id); END;
+CREATE TRIGGER IF NOT EXISTS messages_deleted AFTER DELETE ON messages BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id IN (OLD.sender_id, OLD.recipient_id); END;
+CREATE TRIGGER IF NOT EXISTS scheduled_added AFTER INSERT ON scheduled BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = NEW.sender_id; END;
+CREATE TRIGGER IF NOT EXISTS scheduled_changed AFTER UPDATE ON scheduled BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = NEW.sender_id; END;
+CREATE TRIGGER IF NOT EXISTS scheduled_deleted AFTER DELETE ON scheduled BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = OLD.sender_id; END;
+CREATE TRIGGER IF NOT EXISTS password_changed AFTER UPDATE OF password ON users BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = NEW.id; END;
+CREATE TRIGGER IF NOT EXISTS api_keys_deleted AFTER DELETE ON api_keys BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = OLD.user_id; END;
