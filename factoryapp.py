@@ -640,9 +640,9 @@ class Connection(sqlite3.Connection):
         return self.run(sql, *values, **named).fetchone()
 
     def insert(self, table, verb="INSERT", **row):
-        """Insert a row, {column: value}. Returns its rowid."""
+        """Insert a row, {column: value}. Returns the cursor."""
         names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
-        return self.execute(f"{verb} INTO {table} ({names}) VALUES ({values})", row).lastrowid
+        return self.execute(f"{verb} INTO {table} ({names}) VALUES ({values})", row)
 
 
 # A list is bound as JSON, for json_each().
@@ -989,13 +989,11 @@ def open_store():
             steps = [LADDER[step] for step in range(version or SCHEMA_VERSION, SCHEMA_VERSION)]
             for script in (*(step[0] for step in steps), schema, *(step[1] for step in steps)):
                 apply(db, script)
-            db.run("INSERT OR REPLACE INTO factoryapp VALUES (1, ?)", SCHEMA_VERSION)
+            db.insert("factoryapp", "REPLACE", id=1, schema_version=SCHEMA_VERSION)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.run(
-                "INSERT INTO signing_key (id, key) VALUES (1, ?) ON CONFLICT DO NOTHING",
-                secrets.token_bytes(SECRET_MIN_BYTES),
-            )
+            key = secrets.token_bytes(SECRET_MIN_BYTES)
+            db.insert("signing_key", "INSERT OR IGNORE", id=1, key=key)
         # Without the -shm nothing is lost.
         opened.files = {path: os.stat(path) for path in paths[:2]}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
@@ -1146,14 +1144,7 @@ def find_offset(db, bot_id):
 
 def set_offset(db, bot_id, next_update_id):
     """Remember which update the bot asks for next: those before it have been received."""
-    db.run(
-        """
-        INSERT INTO bots (id, next_update_id) VALUES (?, ?)
-        ON CONFLICT (id) DO UPDATE SET next_update_id = excluded.next_update_id
-        """,
-        bot_id,
-        next_update_id,
-    )
+    db.insert("bots", "REPLACE", id=bot_id, next_update_id=next_update_id)
 
 
 def set_chat(db, chat, user_id, token):
@@ -1198,16 +1189,17 @@ def find_chat_user(db, chat):
 
 def add_heard(db, chat, message_id, text):
     """Remember that a message was heard. Returns False if it was heard before."""
-    return db.changes(
-        """
-        INSERT INTO heard (bot_id, chat_id, message_id, heard_at, text_hash)
-        VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
-        """,
-        *chat,
-        message_id,
-        now(),
-        sha256(text) if text else None,
+    bot_id, chat_id = chat
+    heard = db.insert(
+        "heard",
+        "INSERT OR IGNORE",
+        bot_id=bot_id,
+        chat_id=chat_id,
+        message_id=message_id,
+        heard_at=now(),
+        text_hash=sha256(text) if text else None,
     )
+    return heard.rowcount == 1
 
 
 def set_edited(db, chat, message_id, text):
@@ -1225,7 +1217,7 @@ def set_edited(db, chat, message_id, text):
 
 def add_message(db, **columns):
     """Store a message. Returns its id."""
-    return db.insert("messages", created_at=iso(now()), **columns)
+    return db.insert("messages", created_at=iso(now()), **columns).lastrowid
 
 
 # Messages as they are answered, in UTF-8, each after its id.
@@ -1986,47 +1978,29 @@ def tell_senders(db, undelivered):
         queue_text(db, find_chat(db, sender_id), sentence)
 
 
-class TryLater(Exception):
-    """Not sent, or not known to be sent: the reason, and how many seconds Telegram told us to wait.
+class NotSent(Exception):
+    """A delivery was not sent, or is not known to be: (reason, what follows, seconds to wait).
 
-    None when that is up to us.
+    What follows is "later": it is sent again, after the seconds that Telegram told us to wait, or
+    None if that is up to us; "missing": likewise, but the chat is gone if Telegram still says so
+    then; "never": this text cannot be sent; "gone": nothing can be sent to this chat any more.
     """
 
 
-class ChatMissing(TryLater):
-    """Telegram does not know the chat, or says so for a while."""
-
-
-class GiveUp(Exception):
-    """This text can never be sent."""
-
-
-class ChatGone(GiveUp):
-    """Nothing can be sent to this chat any more."""
-
-
 class Home:
-    """Where the bot speaks, and what is known of it."""
+    """Where the bot speaks, and what is known of it.
 
-    id: int
+    It has an `id`; send(delivery), which returns its id of the sent message, if it has one, and
+    raises NotSent; and run(stop), which listens until told to stop.
+    """
+
     name = None  # what people call it
     error = None  # what is wrong with it, for the operator, without secrets
     answered = None  # when it last answered, in ticks
 
     def is_well(self):
-        """Whether it can be spoken to, as far as is known."""
+        """Return whether it can be spoken to, as far as is known."""
         return True
-
-    def send(self, delivery):
-        """The home's id of the sent message, if it has one.
-
-        Raises TryLater, ChatMissing, GiveUp, ChatGone.
-        """
-        raise NotImplementedError
-
-    def run(self, stop):
-        """Listen until told to stop."""
-        raise NotImplementedError
 
 
 def backoff(attempts, longest):
@@ -2049,20 +2023,26 @@ def settle(change, *args):
 
 
 def deliver(home, delivery):
-    """Send one delivery and settle it. Again when it has to be tried again, else None."""
+    """Send one delivery and settle it. Returns Again if it has to be sent again, else None."""
     try:
         telegram_message_id = home.send(delivery)
-    except ChatGone as error:
-        leave_chat(home, delivery, str(error))
-    except GiveUp as error:
-        settle(give_up, str(error), delivery["id"])
-    except TryLater as error:
-        return put_off(home, delivery, *error.args, isinstance(error, ChatMissing))
+    except NotSent as error:
+        return handle_failure(home, delivery, *error.args)
     except Exception as error:
         log.exception(f"delivery {delivery['id']} failed")
         return put_off(home, delivery, type(error).__name__)
+    settle(settle_sent, delivery, telegram_message_id)
+    return None
+
+
+def handle_failure(home, delivery, reason, what_follows, seconds):
+    """Do what follows on NotSent. Returns Again if the delivery has to be sent again, else None."""
+    if what_follows == "gone":
+        leave_chat(home, delivery, reason)
+    elif what_follows == "never":
+        settle(give_up, reason, delivery["id"])
     else:
-        settle(settle_sent, delivery, telegram_message_id)
+        return put_off(home, delivery, reason, seconds, what_follows == "missing")
     return None
 
 
@@ -2558,7 +2538,7 @@ class Telegram(Home):
     def send(self, delivery):
         """Send a text as it is. Telegram's id of the message, or None where it makes no sense.
 
-        Raises TryLater, ChatMissing, GiveUp, ChatGone.
+        Raises NotSent.
         """
         reply = keyboard = None
         if delivery["replied_id"]:
@@ -2583,14 +2563,10 @@ class Telegram(Home):
                 reply_markup=keyboard,
             )
         except TelegramError as error:
-            reason = str(error)
-            if error.code == 403:
-                raise ChatGone(reason) from None
-            if error.code == 400 and "chat not found" in reason.lower():
-                raise ChatMissing(reason, None) from None
-            if error.code == 400:
-                raise GiveUp(reason) from None
-            raise TryLater(reason, error.retry_after) from None
+            what_follows = {400: "never", 403: "gone"}.get(error.code, "later")
+            if error.code == 400 and "chat not found" in str(error).lower():
+                what_follows = "missing"
+            raise NotSent(str(error), what_follows, error.retry_after) from None
         return pick(sent, "message_id", int)
 
     def introduce(self):
@@ -2709,7 +2685,7 @@ class Terminal(Home):
     def send(self, delivery):
         """Print a text, without control characters, which could play tricks on the terminal.
 
-        Raises TryLater.
+        Raises NotSent.
         """
         text = delivery["text"]
         if delivery["message_id"]:
@@ -2721,7 +2697,7 @@ class Terminal(Home):
         try:
             print(f"{visible}\n", flush=True)
         except OSError as error:
-            raise TryLater(f"the terminal is gone: {error.strerror}", None) from None
+            raise NotSent(f"the terminal is gone: {error.strerror}", "later", None) from None
 
     def run(self, stop):
         """Read lines until they end, or told to stop; without a terminal the bot only speaks."""

@@ -122,8 +122,8 @@ CREATE TABLE IF NOT EXISTS scheduled (
     delivery     TEXT AS ('scheduled'),
     failure      TEXT AS (NULL)
 ) STRICT;
-CREATE INDEX IF NOT EXISTS scheduled_by_users ON scheduled (sender_id, recipient_id);
-CREATE INDEX IF NOT EXISTS scheduled_by_recipient ON scheduled (recipient_id);
+CREATE INDEX IF NOT EXISTS scheduled_by_sender ON scheduled (sender_id);
+CREATE INDEX IF NOT EXISTS scheduled_by_recipient ON scheduled (recipient_id, sender_id);
 CREATE INDEX IF NOT EXISTS scheduled_by_time ON scheduled (send_at);
 CREATE INDEX IF NOT EXISTS scheduled_by_reply ON scheduled (reply_to) WHERE reply_to IS NOT NULL;
 INSERT INTO sqlite_sequence (name, seq)
