@@ -555,7 +555,7 @@ class Turns:
             delivery = self.sending.pop(chat_id, None)
             why = again.why if again else "early"
             if why == "told":
-                self.note_refusal(chat_id, ticks() + again.seconds)
+                self.note_refusal(delivery, ticks() + again.seconds)
             elif why == "early" and delivery:
                 self.refused.clear()
                 self.passed_at = now()
@@ -567,13 +567,17 @@ class Turns:
             if again:
                 self.put(chat_id, again)
 
-    def note_refusal(self, chat_id, until):
-        """Telegram told the chat to wait. The caller holds the lock.
+    def note_refusal(self, delivery, until):
+        """Telegram told the chat of a delivery to wait. The caller holds the lock.
 
-        When it tells some chats in a row it means the bot: all wait for the shortest of them.
+        When it tells some linked chats in a row it means the bot: all wait for the shortest of
+        them. Chats that are not linked do not count, since anybody can have many.
         """
+        chat_id = delivery["chat_id"]
         self.slow = {chat: ends_at for chat, ends_at in self.slow.items() if ends_at > ticks()}
         self.slow[chat_id] = until + SLOW_SECONDS
+        if not delivery["is_linked"]:
+            return
         self.refused.pop(chat_id, None)
         self.refused[chat_id] = until
         latest = list(self.refused.values())[-REFUSALS:]
@@ -1577,10 +1581,12 @@ def list_due(db, bot_id):
 
 
 def find_head(db, bot_id, chat_id):
-    """Return the delivery that is next in a chat, with its choices and replied_id, or None."""
+    """Return the delivery that is next in a chat, with more that a sender asks, or None."""
     return db.one(
         """
         SELECT outbox.*,
+            EXISTS (SELECT 1 FROM chats WHERE chats.bot_id = outbox.bot_id
+                AND chats.chat_id = outbox.chat_id) AS is_linked,
             (SELECT choices FROM messages
                 WHERE id = message_id AND is_last AND NOT is_own_copy) AS choices,
             (SELECT min(telegram_message_id) FROM relayed JOIN messages AS m

@@ -903,6 +903,14 @@ def test_chat_gets_one_message_a_second_for_a_minute_after_a_429_then_all_at_onc
     )
 
 
+def link_strangers(*chat_ids):
+    """Link each of these chats to a user of its own."""
+    with factoryapp.transaction() as db:
+        for chat_id in chat_ids:
+            user_id = factoryapp.add_user(db, f"user{chat_id}", "no password")
+            factoryapp.link_chat(db, (BOT_ID, chat_id), user_id, "token")
+
+
 def refuse_in_turn(telegram, bot_api, clock, refusals):
     """(chat id, what its send gets) in this order; None is that it passes."""
     for chat_id, retry_after in refusals:
@@ -929,6 +937,7 @@ def refuse_in_turn(telegram, bot_api, clock, refusals):
 def test_three_refusals_in_a_row_of_three_chats_mean_the_whole_bot(
     http, telegram, bot_api, clock, refusals, barred_for
 ):
+    link_strangers(1, 2, 3)
     # A chat that has failed waits: its next failure comes from another one.
     refuse_in_turn(
         telegram, bot_api, clock, [(90 if why == "reset" else n, why) for n, why in refusals]
@@ -951,6 +960,22 @@ def test_three_refusals_in_a_row_of_three_chats_mean_the_whole_bot(
         passed = pause + 0.1
         deliver_all(telegram)
         assert all(bot_api.texts(n) == ["text"] for n in told if told[n] == pause)
+
+
+@pytest.mark.parametrize("linked_chats, barred_for", [([], 0), ([1, 2], 0), ([2, 3, 4], 20)])
+def test_refusals_of_chats_that_are_not_linked_mean_them_alone(
+    http, telegram, bot_api, clock, linked_chats, barred_for
+):
+    link_strangers(*linked_chats)
+    refuse_in_turn(telegram, bot_api, clock, [(1, 30), (2, 30), (3, 40), (4, 20)])
+    queue(50)
+    if barred_for:
+        clock.move(barred_for - 0.1)
+        deliver_all(telegram)
+        assert tries(bot_api, 50) == 0
+        clock.move(0.1 + 1e-6)
+    deliver_all(telegram)
+    assert bot_api.texts(50) == ["text"]
 
 
 def test_refusals_of_one_chat_hold_up_no_other(http, telegram, bot_api, clock):
@@ -1030,6 +1055,7 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
 def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
     http, telegram, bot_api, clock
 ):
+    link_strangers(1, 2, 3)
     for chat_id in (1, 2, 3):
         bot_api.failures[chat_id].append(RETRY_AFTER_9)
     queue(1, 2, 3)
