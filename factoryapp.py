@@ -62,7 +62,6 @@ import urllib.parse
 import weakref
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
 from heapq import heappop, heappush
@@ -1888,16 +1887,13 @@ def relay(db, sender, recipient, text, source, silent=False, **columns):
     delivery = "queued" if chat else "unlinked"
     message_id = add_message(db, **users, text=text, source=source, delivery=delivery, **columns)
 
-    def queue_copy(chat, words, is_own_copy=False):
-        username, about = sender["username"], {"message_id": message_id, "silent": silent}
-        copy = words.format(username=username, recipient=recipient["username"], text=text)
-        queue_text(db, chat, copy, username, is_own_copy=is_own_copy, **about)
-
+    copies = [(chat, FROM_ANOTHER, False), (find_chat(db, sender["id"]), OWN_COPY_FOR, True)]
     if sender["id"] == recipient["id"]:
-        queue_copy(chat, OWN_COPY)
-    else:
-        queue_copy(chat, FROM_ANOTHER)
-        queue_copy(find_chat(db, sender["id"]), OWN_COPY_FOR, is_own_copy=True)
+        copies = [(chat, OWN_COPY, False)]
+    names = {"username": sender["username"], "recipient": recipient["username"]}
+    for chat, words, is_own_copy in copies:
+        about = {"message_id": message_id, "silent": silent, "is_own_copy": is_own_copy}
+        queue_text(db, chat, words.format(text=text, **names), names["username"], **about)
     return message_id, delivery
 
 
@@ -3297,7 +3293,7 @@ NO_ROUND = ""
 
 def leave_round(pool):
     """Go on in this pool, where the request begins anew. Raises Elsewhere in any other place."""
-    if request.environ.get("factoryapp.pool", pool) != pool:
+    if request.environ["factoryapp.answer"].pool != pool:
         raise Elsewhere(pool)
 
 
@@ -3311,7 +3307,7 @@ def serve_declared(route):
     def serve(**values):
         if said.pool:
             leave_round(said.pool)
-        elif request.environ.get("factoryapp.pool") == NO_ROUND or (
+        elif request.environ["factoryapp.answer"].pool == NO_ROUND or (
             said.body and is_slow_to_read()
         ):
             leave_round("patient")
@@ -3450,7 +3446,7 @@ def sign_in():
         reason = {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
         detail = coded("Given token not valid for any token type") | {"messages": [reason]}
         raise HTTPError(401, detail) from None
-    request.environ["factoryapp.user_id"] = user["id"]
+    request.environ["factoryapp.answer"].user_id = user["id"]
     return user
 
 
@@ -3530,32 +3526,26 @@ def those_given(**values):
     return {name: value for name, value in values.items() if value is not None}
 
 
-@dataclass
-class Text:
-    """A text field: what it takes, and Django REST framework's wording of what it does not."""
+class Field:
+    """What a request may send under a name. `schema` is its JSON schema, which OpenAPI shows."""
 
-    max_length: int = None
-    required: bool = True
-    tidy: type = str
-    pattern: str = None
-    pattern_error: str = None
-    min_length: int = 1  # as JSON schema is told
-    example: str = None
-    description: str = None
-    type: object = ("string", "number")  # in JSON; a number counts as its digits
-    # JSON schema's, whose \w is ASCII alone. As it is here: not blank.
-    schema_pattern: str = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
+    type = "string"
+    required = False
 
-    @property
-    def schema(self):
-        return those_given(
-            type=self.type,
-            minLength=self.min_length,
-            maxLength=self.max_length,
-            example=self.example,
-            description=self.description,
-            pattern=self.schema_pattern,
-        )
+    def __init__(self, **schema):
+        self.schema = {"type": self.type, **schema}
+
+
+class Text(Field):
+    """A text: what is taken, and Django REST framework's wording of what is not."""
+
+    required = True
+    # Not blank. JSON schema knows \s and \w of ASCII alone.
+    pattern = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
+
+    def __init__(self, tidy=str, **schema):
+        super().__init__(**{"minLength": 1, "pattern": self.pattern, **schema})
+        self.tidy = tidy
 
     def read(self, value, username=None):
         """The text that was sent, by this user if that is known. Raises Refused."""
@@ -3569,10 +3559,9 @@ class Text:
         return text
 
     def errors_of(self, text, username):
-        if self.pattern and not re.fullmatch(self.pattern, text):
-            yield self.pattern_error
-        if self.max_length and len(text) > self.max_length:
-            yield f"Ensure this field has no more than {self.max_length} characters."
+        most = self.schema.get("maxLength", math.inf)
+        if len(text) > most:
+            yield f"Ensure this field has no more than {most} characters."
         if "\0" in text:
             yield "Null characters are not allowed."
         if surrogate := re.search("[\ud800-\udfff]", text):
@@ -3582,7 +3571,14 @@ class Text:
 class NewUsername(Text):
     """A username that nobody can take for another's."""
 
+    pattern = r"^([\w.@+-]|[^\u0000-\u007f])+$"
+
     def errors_of(self, text, username):
+        if not re.fullmatch(r"[\w.@+-]+", text):
+            yield (
+                "Enter a valid username. This value may contain only letters, numbers, and "
+                "@/./+/-/_ characters."
+            )
         yield from super().errors_of(text, username)
         words = {word for c in text[:MAX_USERNAME] for word in unicodedata.name(c, "").split()}
         if len(words & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
@@ -3592,14 +3588,11 @@ class NewUsername(Text):
             yield "Enter a valid username. This value holds letters that cannot be seen."
 
 
-@dataclass
 class NewPassword(Text):
     """A password to be set, which has to be hard enough to guess."""
 
-    min_length: int = MIN_PASSWORD
-    type: object = "string"
     # Not of digits alone.
-    schema_pattern: str = r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
+    pattern = r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
     @staticmethod
     def core(text):
@@ -3621,47 +3614,38 @@ class NewPassword(Text):
             yield "This password holds U+FFFD, which stands for what could not be read: send UTF-8."
 
 
-class Flag:
+class Choice(Field):
+    """One of some words."""
+
+    def read(self, value, username=None):
+        if value not in self.schema["enum"]:
+            raise Refused(f"Choose one of {', '.join(self.schema['enum'])}.")
+        return value
+
+
+class Flag(Field):
     """Yes or no, in all of Django REST framework's spellings."""
 
-    required = False
+    type = "boolean"
     yes, no = "true t yes y on 1 1.0".split(), "false f no n off 0 0.0".split()
-    schema = {
-        "type": ["boolean", "string", "integer"],
-        "pattern": f"^({'|'.join(yes + no)})$",
-        "minimum": 0,
-        "maximum": 1,
-        "example": False,
-    }
 
-    def read(self, value, username):
+    def read(self, value, username=None):
         word = str(value).lower()
         if word not in (*self.yes, *self.no):
             raise Refused("Must be a valid boolean.")
         return word in self.yes
 
 
-@dataclass
-class Moment:
+class Moment(Field):
     """A time in ISO 8601 from so many seconds ahead to so many. Read as seconds since 1970."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    example: str = "2026-01-01T09:00:00Z"
-    description: str = "At once, if left out."
-    required = False
     pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
 
-    @property
-    def schema(self):
-        return {
-            "type": "string",
-            "format": "date-time",
-            "example": self.example,
-            "description": self.description,
-        }
+    def __init__(self, least=-math.inf, most=math.inf, **schema):
+        super().__init__(format="date-time", **schema)
+        self.least, self.most = least, most
 
-    def read(self, value, username):
+    def read(self, value, username=None):
         try:
             if not (moment := re.fullmatch(self.pattern, value)):
                 raise ValueError
@@ -3683,55 +3667,32 @@ class Moment:
         return seconds
 
 
-@dataclass
-class Number:
-    """An integer, of a query string too; its attributes are named as JSON schema names them."""
+class Number(Field):
+    """An integer, of a query string too."""
 
-    minimum: int
-    maximum: int
-    example: int
-    description: str
-    required = False
+    type = "integer"
 
-    @property
-    def schema(self):
-        return those_given(type="integer", **vars(self))
-
-    def read(self, value, username):
+    def read(self, value, username=None):
         if not re.fullmatch("-?[0-9]{1,20}", str(value)):
             raise Refused("A valid integer is required.")
-        if int(value) < self.minimum:
-            raise Refused(f"Ensure this value is greater than or equal to {self.minimum}.")
-        if int(value) > self.maximum:
-            raise Refused(f"Ensure this value is less than or equal to {self.maximum}.")
+        least, most = self.schema["minimum"], self.schema["maximum"]
+        if int(value) < least:
+            raise Refused(f"Ensure this value is greater than or equal to {least}.")
+        if int(value) > most:
+            raise Refused(f"Ensure this value is less than or equal to {most}.")
         return int(value)
 
 
-@dataclass
-class Several:
+class Several(Field):
     """A list of different texts. Where one alone will do, what stands twice counts once."""
 
-    item: Text
-    least: int
-    most: int
-    example: object
-    description: str
-    required = False
+    def __init__(self, item, least, most, **schema):
+        self.item, self.least, self.most = item, least, most
+        array = {"type": "array", "items": item.schema, "minItems": least, "maxItems": most}
+        one_too = {"oneOf": [item.schema, array]}
+        self.schema = schema | (one_too if least == 1 else array | {"uniqueItems": True})
 
-    @property
-    def schema(self):
-        said = {"example": self.example, "description": self.description}
-        schema = {
-            "type": "array",
-            "items": self.item.schema,
-            "minItems": self.least,
-            "maxItems": self.most,
-        }
-        if self.least == 1:
-            return {"oneOf": [self.item.schema, schema], **said}
-        return {**schema, "uniqueItems": True, **said}
-
-    def read(self, value, username):
+    def read(self, value, username=None):
         if not isinstance(value, list):
             if self.least == 1:
                 return self.item.read(value)
@@ -3887,9 +3848,21 @@ JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=fini
 
 
 PAGING = {
-    "after": Number(0, MAX_ID, 0, "Only what is later than this id."),
-    "before": Number(0, MAX_ID, 1_000_000, "Only what is earlier than this id."),
-    "limit": Number(1, MAX_PAGE_ROWS, 100, "At most so many; a Link then names the next page."),
+    "after": Number(
+        minimum=0, maximum=MAX_ID, example=0, description="Only what is later than this id."
+    ),
+    "before": Number(
+        minimum=0,
+        maximum=MAX_ID,
+        example=1_000_000,
+        description="Only what is earlier than this id.",
+    ),
+    "limit": Number(
+        minimum=1,
+        maximum=MAX_PAGE_ROWS,
+        example=100,
+        description="At most so many; a Link then names the next page.",
+    ),
 }
 
 
@@ -3921,7 +3894,7 @@ def wait_for_news(user, wait):
 
     Returns when they are. Raises WaitForNews.
     """
-    until = request.environ["factoryapp.waits_until"]
+    until = request.environ["factoryapp.answer"].waits_until
     if until is None:
         until = ticks() + (wait or 0)
     if ticks() < until:
@@ -4050,22 +4023,19 @@ FIELD_ERRORS = component(
 )
 
 # Fields of what is asked.
-USERNAME_FIELD = NewUsername(
-    MAX_USERNAME,
-    tidy=tidy_username,
-    example="alice",
-    pattern=r"[\w.@+-]+",
-    schema_pattern=r"^([\w.@+-]|[^\u0000-\u007f])+$",
-    pattern_error=(
-        "Enter a valid username. This value may contain only letters, numbers, and @/./+/-/_ "
-        "characters."
-    ),
-)
+USERNAME_FIELD = NewUsername(tidy=tidy_username, maxLength=MAX_USERNAME, example="alice")
 # The name of somebody who may not exist.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
-NEW_PASSWORD_FIELD = NewPassword(MAX_PASSWORD, example="S3cure-pass-91")
-WAIT = Number(0, WAIT_SECONDS, 0, "Seconds to wait for something new, where there is none.")
+NEW_PASSWORD_FIELD = NewPassword(
+    minLength=MIN_PASSWORD, maxLength=MAX_PASSWORD, example="S3cure-pass-91"
+)
+WAIT = Number(
+    minimum=0,
+    maximum=WAIT_SECONDS,
+    example=0,
+    description="Seconds to wait for something new, where there is none.",
+)
 IF_NONE_MATCH = {
     "If-None-Match": A_TEXT
     | {"example": '"0123456789abcdef"', "description": "The ETag of what you have already."}
@@ -4297,7 +4267,7 @@ def change_password(user, current_password, new_password):
 @app.post("/api/users/keys/")
 @logged_in
 @takes(
-    name=Text(100, example="night report"),
+    name=Text(maxLength=100, example="night report"),
     expires_at=Moment(0, example="2099-01-01T00:00:00Z", description="Never, if left out."),
 )
 @answers(201, A_NEW_KEY)
@@ -4381,20 +4351,30 @@ def list_all_users(user, **page):
 @app.post("/api/messages/")
 @signed_in
 @takes(
-    text=Text(MAX_TEXT, example="Линия 4 остановлена"),
+    text=Text(maxLength=MAX_TEXT, example="Линия 4 остановлена"),
     recipient=Several(
-        NAME_FIELD, 1, MAX_RECIPIENTS, "alice", "A username, or a list of them; you, if left out."
+        NAME_FIELD,
+        1,
+        MAX_RECIPIENTS,
+        example="alice",
+        description="A username, or a list of them; you, if left out.",
     ),
-    silent=Flag(),
-    send_at=Moment(most=SEND_AHEAD_SECONDS),
+    silent=Flag(example=False),
+    send_at=Moment(
+        most=SEND_AHEAD_SECONDS,
+        example="2026-01-01T09:00:00Z",
+        description="At once, if left out.",
+    ),
     # Without an example, which would be no message of who tries it.
-    reply_to=Number(1, MAX_ID, None, "The id of the message of yours that it answers."),
+    reply_to=Number(
+        minimum=1, maximum=MAX_ID, description="The id of the message of yours that it answers."
+    ),
     choices=Several(
-        Text(MAX_CHOICE, tidy=str.strip),
+        Text(tidy=str.strip, maxLength=MAX_CHOICE),
         2,
         MAX_CHOICES,
-        ["Да", "Нет"],
-        "Buttons below the recipient's copy.",
+        example=["Да", "Нет"],
+        description="Buttons below the recipient's copy.",
     ),
 )
 @declare(
@@ -4482,16 +4462,17 @@ def replay(request_hash, earlier):
 @signed_in
 @asks(
     **PAGING,
-    delivery=Text(
-        required=False,
-        pattern=f"({'|'.join(DELIVERIES)})",
-        schema_pattern=f"^({'|'.join(DELIVERIES)})$",
-        pattern_error=f"Choose one of {', '.join(DELIVERIES)}.",
+    delivery=Choice(
+        enum=DELIVERIES,
         example="failed",
-        description=f"Only those of this delivery: {', '.join(DELIVERIES)}.",
-        type="string",
+        description="Only those of this delivery.",
     ),
-    reply_to=Number(1, MAX_ID, 17, "Only the answers to the message of this id."),
+    reply_to=Number(
+        minimum=1,
+        maximum=MAX_ID,
+        example=17,
+        description="Only the answers to the message of this id.",
+    ),
     wait=WAIT,
 )
 @declare(304, headers=IF_NONE_MATCH, answer_headers=["Link", "ETag"])
@@ -4609,7 +4590,8 @@ def describe_api(address):
         "info": {
             "title": "FactoryApp",
             "version": VERSION,
-            "description": f"{DESCRIPTION} Bodies may also be forms, urlencoded or multipart.",
+            "description": f"{DESCRIPTION} Bodies may also be forms, urlencoded or multipart; "
+            "numbers, true and false may be written as text.",
         },
         "servers": [{"url": address}],
         "paths": paths,
@@ -4789,11 +4771,11 @@ class StrictRequest(HTTPRequestParser):
 
 
 def application(environ, start_response):
-    """Call the app. If its answer comes in pieces, leave them in the environ."""
+    """Call the app. If its answer comes in pieces, leave them to be made one by one."""
     body = app(environ, start_response)
     if isinstance(body, list):
         return body
-    environ["factoryapp.pieces"] = iter(body)
+    environ["factoryapp.answer"].pieces = iter(body)
     return ()
 
 
@@ -4806,6 +4788,7 @@ class Answer(WSGITask):
     pool = None  # where it is made, None: in a round
     pieces = None  # an iterator of what is still to be made of its body
     waits_until = None  # in ticks, for news
+    user_id = "-"  # who has signed in
     check_client_disconnected = None
 
     def __init__(self, channel, request):
@@ -4836,16 +4819,14 @@ class Answer(WSGITask):
 
     def refuse(self, error):
         """Take this refusal in place of what was made, and close the connection after it."""
-        request = StrictRequest(self.adj)
-        request.error, request.version = error, self.version
-        refusal = Answer(self.asker, request)
+        self.request.error = error
+        refusal = Answer(self.asker, self.request)
         refusal.make()
         self.written, self.close_on_finish = refusal.written, True
 
     def get_environment(self):
         environ = super().get_environment()
-        environ["factoryapp.pool"] = self.pool
-        environ["factoryapp.waits_until"] = self.waits_until
+        environ["factoryapp.answer"] = self.channel
         return environ
 
     def execute(self):
@@ -4864,11 +4845,10 @@ class Answer(WSGITask):
         # What was read of its body elsewhere is read again.
         self.request.get_body_stream().seek(0)
         super().execute()
-        self.pieces = self.environ.get("factoryapp.pieces")
         if log.isEnabledFor(logging.INFO):
             path = urllib.parse.quote(self.request.path, encoding="latin-1")
             took = f"{(time.time() - self.start_time) * 1000:.1f} ms"
-            who = f"user {self.environ.get('factoryapp.user_id', '-')}, {client_address()}"
+            who = f"user {self.user_id}, {client_address()}"
             log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
 
     def finish(self):
