@@ -108,7 +108,6 @@ except ModuleNotFoundError as error:
 
 VERSION = "1.1.0"
 SCHEMA_VERSION = 6
-APPLICATION_ID = 0x46614170  # "FaAp"
 
 # Tokens and passwords
 ACCESS_TOKEN_SECONDS = 5 * 60
@@ -601,7 +600,7 @@ class news:
     """Whether something was committed, for the one thread that looks after waiting requests."""
 
     is_new = False
-    wake = staticmethod(lambda: None)  # wakes that thread, if a request waits
+    wake = staticmethod(lambda: None)  # wakes that thread
 
 
 # --- Store ----------------------------------------------------------------------------------------
@@ -885,11 +884,10 @@ def read_version(db):
     Raises BadSetting if this program cannot use it.
     """
     names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-    version = db.one("PRAGMA user_version")[0]
+    version = 0
     if "factoryapp" in names:
-        version = max(version, db.one("SELECT schema_version FROM factoryapp")[0])
+        (version,) = db.one("SELECT schema_version FROM factoryapp")
     elif {"signing_key", "leftovers"} <= names:
-        # Maybe read back from a dump, which has no PRAGMAs.
         version = 5
     elif names:
         raise BadSetting(
@@ -993,8 +991,8 @@ def open_store():
             for script in (*(step[0] for step in steps), schema, *(step[1] for step in steps)):
                 apply(db, script)
             db.insert("factoryapp", "REPLACE", id=1, schema_version=SCHEMA_VERSION)
+            # By which version 1.1.0 knows that this is not for it.
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             key = secrets.token_bytes(SECRET_MIN_BYTES)
             db.insert("signing_key", "INSERT OR IGNORE", id=1, key=key)
         # Without the -shm nothing is lost.
@@ -4715,7 +4713,7 @@ def show_openapi():
 #   WSGITask: service, execute, finish, write, get_environment, environ, status, response_headers,
 #     complete, content_length, start_time, version, close_on_finish, set_close_on_finish
 #   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
-#   TcpWSGIServer: channel_class, adj, trigger, pull_trigger, handle_accept
+#   TcpWSGIServer: channel_class, adj, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
 # Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session.
 
@@ -5047,8 +5045,7 @@ class Server(TcpWSGIServer):
         self.arrived = deque()  # answers to be made
         self.made = deque()  # answers that came back from a pool
         self.waiting = {}  # answer that waits for news: its user, as it was then
-        news.wake = self.wake_for_news
-        self.thread = None  # the serving thread, once it serves
+        news.wake = self.pull_trigger
         self.is_ending = False
         self.map = {}  # what is polled
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
@@ -5083,7 +5080,6 @@ class Server(TcpWSGIServer):
 
     def serve(self):
         """Serve until end(). This thread waits for nobody but the disk: everybody would."""
-        self.thread = threading.get_ident()
         # With a connection of its own, which waits no longer.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         looks_at = time.monotonic()
@@ -5108,7 +5104,7 @@ class Server(TcpWSGIServer):
     def end(self, *_):
         """Let serve() return. It takes no lock, so any signal's handler may call it."""
         self.is_ending = True
-        self.trigger.pull_trigger()
+        self.pull_trigger()
 
     def poll(self, seconds):
         """Read what there is, send what can be sent, and what the pools have made."""
@@ -5151,10 +5147,6 @@ class Server(TcpWSGIServer):
             if is_changed or answer.waits_until <= ticks():
                 del self.waiting[answer]
                 self.arrived.append(answer)
-
-    def wake_for_news(self):
-        if self.waiting:
-            self.pull_trigger()
 
     def make_here(self, answer, pool=None):
         """Make an answer. Returns False if it waits for news, or goes to a pool."""
@@ -5241,11 +5233,6 @@ class Server(TcpWSGIServer):
             # Only close here and accept at the next poll(): a socket accepted now could get the
             # closed one's descriptor, and with it the events that this poll() found for that.
             longest.handle_close()
-
-    def pull_trigger(self):
-        """Wake the serving thread, unless this is it."""
-        if threading.get_ident() != self.thread:
-            super().pull_trigger()
 
 
 # --- Main -----------------------------------------------------------------------------------------
@@ -5439,8 +5426,6 @@ class Plain(logging.Formatter):
 
     @staticmethod
     def show(text):
-        if text.isprintable():
-            return text
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
     def formatMessage(self, record):

@@ -4,8 +4,7 @@
 -- 1970 (REAL). What an older database needs besides is a step of LADDER in factoryapp.py; its columns come last here. Nothing
 -- but a statement ends with a semicolon at the end of a line.
 
--- Says that the database is FactoryApp's, and of which schema. PRAGMA user_version and application_id say so as well, but
--- `sqlite3 .dump` leaves them out.
+-- Says that the database is FactoryApp's, and of which schema. A PRAGMA would not be in what `sqlite3 .dump` writes.
 CREATE TABLE IF NOT EXISTS factoryapp (
     id             INTEGER PRIMARY KEY CHECK (id = 1),  -- there is one
     schema_version INTEGER NOT NULL

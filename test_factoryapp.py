@@ -9064,7 +9064,7 @@ def test_bad_setting_ends_with_one_sentence(tmp_path, arguments, env, hint):
         socket.create_server(("127.0.0.1", 0)) as taken,
         sqlite3.connect(tmp_path / "newer.db") as newer,
     ):
-        newer.execute("PRAGMA user_version = 999")
+        newer.execute("CREATE TABLE factoryapp AS SELECT 1 AS id, 999 AS schema_version")
         (tmp_path / "text").write_text("this is no database " * 100)
         (tmp_path / "text").chmod(0o644)
         with sqlite3.connect(tmp_path / "other.db") as other:
@@ -10007,6 +10007,7 @@ def serving():
     finally:
         server.end()
         thread.join()
+        factoryapp.news.wake = lambda: None
         wasyncore.close_all(server.map)
 
 
