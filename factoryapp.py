@@ -427,6 +427,7 @@ class Turns:
 
     def __init__(self):
         self.changed = threading.Condition()
+        self.next = threading.Lock()  # of the one sender that waits for the next turn
         self.close()
 
     def close(self):
@@ -449,7 +450,6 @@ class Turns:
             self.slow = {}  # chat: until when it gets one message a second
             self.refused = {}  # chat: until when it waits, of the 429s since a send passed
             self.barred_until = 0  # the whole bot
-            self.looked_at = math.inf  # when the next waiting sender looks again
             for chat_id, again in queues:
                 self.put(chat_id, again)
             self.changed.notify_all()
@@ -462,11 +462,9 @@ class Turns:
         if chat_id in self.due:
             return
         least = 1 if ticks() < self.slow.get(chat_id, 0) else 0
-        turn = Turn(ticks() + max(again.seconds, least), chat_id, again.why)
         self.due.add(chat_id)
-        heappush(self.order, turn)
-        if max(turn.due_at, self.paced_at()) < self.looked_at:
-            self.changed.notify()
+        heappush(self.order, Turn(ticks() + max(again.seconds, least), chat_id, again.why))
+        self.changed.notify()
 
     def paced_at(self):
         """Return when the bot may speak again, in ticks."""
@@ -489,21 +487,20 @@ class Turns:
         The chat must be given back.
         """
         ends_at = time.monotonic() + wait_seconds
-        with self.changed:
-            while True:
-                due_at = max(self.order[0].due_at if self.order else math.inf, self.paced_at())
-                if due_at <= ticks():
-                    return self.start()
-                left = ends_at - time.monotonic()
-                if left <= 0 or self.bot_id is None:
-                    return None
-                if due_at < self.looked_at:
-                    self.looked_at = due_at
+        if not self.next.acquire(timeout=wait_seconds):
+            return None
+        try:
+            with self.changed:
+                while True:
+                    due_at = max(self.order[0].due_at if self.order else math.inf, self.paced_at())
+                    if due_at <= ticks():
+                        return self.start()
+                    left = ends_at - time.monotonic()
+                    if left <= 0 or self.bot_id is None:
+                        return None
                     self.changed.wait(min(left, due_at - ticks()))
-                    self.looked_at = math.inf
-                else:
-                    # Another sender looks then.
-                    self.changed.wait(left)
+        finally:
+            self.next.release()
 
     def start(self):
         """Begin the first turn, which has come. Returns its chat. The caller holds the lock."""
@@ -511,8 +508,6 @@ class Turns:
         self.due.remove(chat_id)
         self.busy[chat_id] = self.back_at
         self.sent_at.append(ticks())
-        # The next turn may have come as well.
-        self.changed.notify()
         return chat_id
 
     def claim(self, chat_id, delivery):
@@ -1950,29 +1945,17 @@ def link_chat(db, chat, user_id, token):
 def unlink_chat(db, chat, reason):
     """The chat speaks for nobody from now on, and what is queued for it is given up."""
     delete_chat(db, chat)
-    tell_senders(db, set_failed(db, reason, list_queue(db, chat)))
+    give_up(db, reason, list_queue(db, chat))
 
 
-def give_up(db, reason, delivery_id):
-    """This delivery is never sent. Its message shows that, and who sent it is told."""
-    tell_senders(db, set_failed(db, reason, [delivery_id]))
-
-
-def set_failed(db, reason, ids):
-    """These deliveries are never sent, and their messages show that.
-
-    Of how many messages that was not known: a Counter of (sender id, recipient id).
-    """
+def give_up(db, reason, ids):
+    """These deliveries are never sent. Their messages show that, and who sent them is told."""
     rows = set_given_up(db, reason, ids)
     if rows:
         named = ", ".join(dict.fromkeys(what for _, _, what in rows[:10]))
         log.warning(f"{len(rows)} deliveries given up ({reason}): {named}")
     message_ids = [message_id for message_id, is_own_copy, _ in rows if not is_own_copy]
-    return Counter(map(tuple, fail_messages(db, message_ids, reason)))
-
-
-def tell_senders(db, undelivered):
-    """Say in the senders' chats what was not delivered; set_failed() counted it."""
+    undelivered = Counter(map(tuple, fail_messages(db, message_ids, reason)))
     for (sender_id, recipient_id), count in undelivered.items():
         sentence = NOT_DELIVERED.format(count=count, **find_user(db, recipient_id))
         queue_text(db, find_chat(db, sender_id), sentence)
@@ -2030,52 +2013,39 @@ def deliver(home, delivery):
         return handle_failure(home, delivery, *error.args)
     except Exception as error:
         log.exception(f"delivery {delivery['id']} failed")
-        return put_off(home, delivery, type(error).__name__)
+        return handle_failure(home, delivery, type(error).__name__)
     settle(settle_sent, delivery, telegram_message_id)
     return None
 
 
-def handle_failure(home, delivery, reason, what_follows, seconds):
-    """Do what follows on NotSent. Returns Again if the delivery has to be sent again, else None."""
-    if what_follows == "gone":
-        leave_chat(home, delivery, reason)
-    elif what_follows == "never":
-        settle(give_up, reason, delivery["id"])
-    else:
-        return put_off(home, delivery, reason, seconds, what_follows == "missing")
-    return None
-
-
-def leave_chat(home, delivery, reason):
-    """Nothing reaches the chat any more."""
-    log.warning(f"chat {delivery['chat_id']} is gone: unlinked")
-    settle(unlink_chat, (home.id, delivery["chat_id"]), reason)
-
-
-def put_off(home, delivery, reason, retry_after=None, is_missing=False):
-    """Try a failed delivery again after a pause, or no more. When the chat's turn comes again.
+def handle_failure(home, delivery, reason, what_follows="later", retry_after=None):
+    """Do what follows on NotSent. Returns Again, or None if that was Telegram's last word.
 
     What is final is believed on good evidence only: that the chat is missing when it is still said
     ten minutes later, that a delivery cannot succeed when others do.
     """
     missing_since, failing_since = delivery["missing_since"], delivery["failing_since"]
-    if is_missing and missing_since and now() - missing_since >= MISSING_SECONDS:
-        leave_chat(home, delivery, reason)
-        return Again(0, "failed")
+    is_missing = what_follows == "missing"
+    was_missing = missing_since and now() - missing_since >= MISSING_SECONDS
     # What failed while Telegram was away says nothing.
     is_old = failing_since and max(failing_since, turns.back_at) <= now() - FAILING_SECONDS
     # Since the last try of this one.
     others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]
-    if is_old and others_pass and delivery["attempts"] + 1 >= FAILURES_BEFORE_GIVING_UP:
-        settle(give_up, reason, delivery["id"])
-        return Again(0, "failed")
-    again = Again(backoff(delivery["attempts"], BACKOFF_MAX_SECONDS), "failed")
-    if retry_after is not None:
-        again = Again(retry_after, "told")
-    failure = f"delivery {delivery['id']} to chat {delivery['chat_id']} failed ({reason})"
-    log.warning(f"{failure}: again in {again.seconds:.1f} s")
-    settle(settle_later, delivery, again.seconds, reason, is_missing)
-    return again
+    is_hopeless = is_old and others_pass and delivery["attempts"] + 1 >= FAILURES_BEFORE_GIVING_UP
+    if what_follows == "gone" or (is_missing and was_missing):
+        log.warning(f"chat {delivery['chat_id']} is gone: unlinked")
+        settle(unlink_chat, (home.id, delivery["chat_id"]), reason)
+    elif what_follows == "never" or is_hopeless:
+        settle(give_up, reason, [delivery["id"]])
+    else:
+        again = Again(backoff(delivery["attempts"], BACKOFF_MAX_SECONDS), "failed")
+        if retry_after is not None:
+            again = Again(retry_after, "told")
+        failure = f"delivery {delivery['id']} to chat {delivery['chat_id']} failed ({reason})"
+        log.warning(f"{failure}: again in {again.seconds:.1f} s")
+        settle(settle_later, delivery, again.seconds, reason, is_missing)
+        return again
+    return None if what_follows in ("gone", "never") else Again(0, "failed")
 
 
 def deliver_head(home, chat_id):
