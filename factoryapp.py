@@ -462,9 +462,11 @@ class Turns:
         if chat_id in self.due:
             return
         least = 1 if ticks() < self.slow.get(chat_id, 0) else 0
+        turn = Turn(ticks() + max(again.seconds, least), chat_id, again.why)
         self.due.add(chat_id)
-        heappush(self.order, Turn(ticks() + max(again.seconds, least), chat_id, again.why))
-        self.changed.notify()
+        heappush(self.order, turn)
+        if self.order[0] is turn:
+            self.changed.notify()
 
     def paced_at(self):
         """Return when the bot may speak again, in ticks."""
@@ -616,14 +618,10 @@ class Connection(sqlite3.Connection):
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
     held: list  # ids of the messages of which nothing is to be sent until its end
-    busy_timeout = None  # milliseconds, where that was set
 
     def wait_for_others(self, seconds):
         """From now on wait so long for other processes."""
-        milliseconds = max(0, int(1000 * seconds))
-        if self.busy_timeout != milliseconds:
-            self.busy_timeout = milliseconds
-            self.execute(f"PRAGMA busy_timeout = {milliseconds}")
+        self.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * seconds))}")
 
     def run(self, sql, *values, **named):
         return self.execute(sql, values or named)
@@ -3190,32 +3188,32 @@ def check_request():
         environ["PATH_INFO"] += "/"
 
 
-class Declared(NamedTuple):
+class Declared:
     """What a route's decorators say of it: obeyed by serve_declared(), described by OpenAPI."""
 
-    pool: str = None  # the worker pool that serves it, None: a round
-    sign_in: object = lambda: None  # require_user, require_login or may_register
-    query: dict = {}  # name: field
-    body: dict = {}  # name: field
-    max_body_bytes: int = MAX_BODY_BYTES
-    plain: str = None  # the field that a text/plain is, with the others in the query string
-    headers: dict = {}  # name: JSON schema
-    status: int = 200  # when all went well
-    schema: dict = None  # JSON schema of that answer, None: it has no body
-    answer_headers: tuple = ()  # names, of that answer
-    refusals: frozenset = frozenset({500, 503})  # statuses; 400 is for any
+    pool = None  # name of the worker pool that serves it, None: a round
+    sign_in = staticmethod(lambda: None)  # require_user, require_login or may_register
+    query = {}  # name: field
+    body = {}  # name: field
+    max_body_bytes = MAX_BODY_BYTES
+    plain = None  # the field that a text/plain is, with the others in the query string
+    headers = {}  # name: JSON schema
+    status = 200  # when all went well
+    schema = None  # JSON schema of that answer, None: it has no body
+    answer_headers = ()  # names, of that answer
+    refusals = {500, 503}  # statuses; 400 is for any
 
 
 def declared(route):
-    return getattr(route, "declared", Declared())
+    return getattr(route, "declared", None) or Declared()
 
 
 def declare(*refusals, **what):
     """A decorator that notes this of its route, and with which statuses it may refuse."""
 
     def note_of(route):
-        said = declared(route)
-        route.declared = said._replace(refusals=said.refusals.union(refusals), **what)
+        route.declared = said = declared(route)
+        vars(said).update(what, refusals=said.refusals.union(refusals))
         return route
 
     return note_of

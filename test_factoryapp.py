@@ -762,6 +762,7 @@ def test_sender_that_waits_is_woken_only_for_what_comes_earlier_than_it_knows(ht
             time.sleep(0.001)
         for chat_id in range(2, 100):
             turns.wake(0, chat_id)
+        time.sleep(0.05)
         assert len(waits) == 2
         turns.close()
         sender.join(5)
