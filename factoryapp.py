@@ -652,8 +652,8 @@ class opened:
     frames = 0  # in the write-ahead log at the last checkpoint
 
 
-# This thread's `db`, the `path` it is open on, and its `patience`: seconds it waits for others who
-# write.
+# This thread's `db`, the `path` it is open on, its `patience`, the seconds it waits for others who
+# write, and the `answer` that it makes.
 local = threading.local()
 write_lock = threading.Lock()
 
@@ -2134,6 +2134,7 @@ def announce(line):
 # --- Bot ------------------------------------------------------------------------------------------
 # The conversation, then its two homes: Telegram and the terminal.
 
+# Its name and argument: "/start@bot TOKEN".
 COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
 # What secrets.token_urlsafe(32) makes.
 LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")
@@ -2183,8 +2184,7 @@ class Heard(namedtuple("Heard", HEARD, defaults=[None] * 15)):
 
 def read_update(bot_id, update):
     """Return what Telegram sent as Heard. Odd fields count as missing, unknown ones not at all."""
-    kinds = [kind for kind in Telegram.allowed_updates if pick(update, kind, dict)]
-    kind = kinds[0] if kinds else None
+    kind = next((kind for kind in Telegram.allowed_updates if pick(update, kind, dict)), None)
     event = pick(update, kind, dict) or {}
     # A pressed button comes with the message that it is below.
     message = pick(event, "message", dict) or event
@@ -2214,14 +2214,6 @@ def read_update(bot_id, update):
     )
 
 
-def parse_command(text):
-    """(name, argument) of a command like "/start@bot TOKEN"; (None, "") for any other text."""
-    if command := COMMAND.fullmatch(text.strip()):
-        name, argument = command.groups("")
-        return name.lower(), argument
-    return None, ""
-
-
 def converse(db, heard):
     """Let a text from a private chat take effect. Returns the bot's answer, or None.
 
@@ -2229,7 +2221,9 @@ def converse(db, heard):
     """
     chat, text = heard.chat, heard.text
     user = find_chat_user(db, chat)
-    name, argument = parse_command(text)
+    command = COMMAND.fullmatch(text.strip())
+    name, argument = command.groups("") if command else ("", "")
+    name = name.lower()
     token = argument if name == "start" else text.strip()
     if heard.is_forwarded:
         name = token = ""
@@ -3259,7 +3253,7 @@ NO_ROUND = ""
 
 def leave_round(pool):
     """Go on in this pool, where the request begins anew. Raises Elsewhere in any other place."""
-    if request.environ["factoryapp.answer"].pool != pool:
+    if local.answer.pool != pool:
         raise Elsewhere(pool)
 
 
@@ -3273,9 +3267,7 @@ def serve_declared(route):
     def serve(**values):
         if said.pool:
             leave_round(said.pool)
-        elif request.environ["factoryapp.answer"].pool == NO_ROUND or (
-            said.body and is_slow_to_read()
-        ):
+        elif local.answer.pool == NO_ROUND or (said.body and is_slow_to_read()):
             leave_round("patient")
         try:
             user = said.sign_in()
@@ -3412,7 +3404,7 @@ def sign_in():
         reason = {"token_class": "AccessToken", "token_type": "access", "message": str(error)}
         detail = coded("Given token not valid for any token type") | {"messages": [reason]}
         raise HTTPError(401, detail) from None
-    request.environ["factoryapp.answer"].user_id = user["id"]
+    local.answer.user_id = user["id"]
     return user
 
 
@@ -3485,11 +3477,6 @@ open_to_anybody = declare(401, 403, 429, sign_in=may_register)
 
 class Refused(ValueError):
     """What was sent is not what a field takes; the arguments are sentences for the client."""
-
-
-def those_given(**values):
-    """Those of these that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 class Field:
@@ -3834,7 +3821,7 @@ PAGING = {
 
 def answer_list(listing, user, **given):
     """A JSON array of a listing's rows, or of a page of them."""
-    given = those_given(**given)
+    given = {name: value for name, value in given.items() if value is not None}
     page = {"user": user["id"], "after": 0, "before": MAX_ID, "delivery": None, **given}
     if "limit" in given:
         end_page(listing, page, given)
@@ -3860,7 +3847,7 @@ def wait_for_news(user, wait):
 
     Returns when they are. Raises WaitForNews.
     """
-    until = request.environ["factoryapp.answer"].waits_until
+    until = local.answer.waits_until
     if until is None:
         until = ticks() + (wait or 0)
     if ticks() < until:
@@ -4605,11 +4592,12 @@ def describe_parameters(said, path_names):
 
 def describe_body(fields):
     schemas = {name: each.schema for name, each in fields.items()}
-    examples = {name: schema.get("example") for name, schema in schemas.items()}
     return {
         "type": "object",
         "properties": schemas,
-        "example": those_given(**examples),
+        "example": {
+            name: schema["example"] for name, schema in schemas.items() if "example" in schema
+        },
         "required": [name for name, each in fields.items() if each.required],
     }
 
@@ -4727,10 +4715,9 @@ class StrictRequest(HTTPRequestParser):
         except ValueError:
             # Of an address that is none, and of numbers with thousands of digits.
             raise ParsingError("the address or Content-Length is invalid") from None
-        if b"\ntransfer-encoding:" in (lowered := header.lower()):
-            codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", lowered)
-            if [coding.strip(b" ") for coding in codings] != [b"chunked"]:
-                raise ParsingError("the one Transfer-Encoding is chunked")
+        codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", header.lower())
+        if codings and [coding.strip(b" ") for coding in codings] != [b"chunked"]:
+            raise ParsingError("the one Transfer-Encoding is chunked")
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
@@ -4741,7 +4728,7 @@ def application(environ, start_response):
     body = app(environ, start_response)
     if isinstance(body, list):
         return body
-    environ["factoryapp.answer"].pieces = iter(body)
+    local.answer.pieces = iter(body)
     return ()
 
 
@@ -4769,7 +4756,7 @@ class Answer(WSGITask):
 
     def make(self, pool=None):
         """Make it from its beginning. Raises Elsewhere, WaitForNews."""
-        self.pool, self.environ = pool, None
+        local.answer, self.pool, self.environ = self, pool, None
         self.written, self.response_headers = [], [*PRIVATE_HEADERS]
         if pool:
             # Only the serving thread loses no wake-up, so nothing waits for news in a pool.
@@ -4789,11 +4776,6 @@ class Answer(WSGITask):
         refusal = Answer(self.asker, self.request)
         refusal.make()
         self.written, self.close_on_finish = refusal.written, True
-
-    def get_environment(self):
-        environ = super().get_environment()
-        environ["factoryapp.answer"] = self.channel
-        return environ
 
     def execute(self):
         """Let the route answer, and log a line. What is no request is refused in JSON."""
@@ -4887,11 +4869,12 @@ class Channel(wasyncore.dispatcher):
         return len(self.unsent) > 0
 
     def handle_read(self):
-        was_idle = not (self.request or self.unread or self.answer)
+        if not (self.request or self.unread or self.answer):
+            self.since = time.monotonic()
         self.unread += self.recv(self.adj.recv_bytes)
-        self.read(was_idle)
+        self.read()
 
-    def read(self, was_idle=False):
+    def read(self):
         """Read a request, as far as it is there. What comes after it waits until it is answered."""
         if not (self.request or self.answer):
             # Blank lines are nothing.
@@ -4899,10 +4882,7 @@ class Channel(wasyncore.dispatcher):
         while self.unread and not self.answer:
             if not self.request:
                 self.request = StrictRequest(self.adj)
-                began_at = time.monotonic()
-                self.closes_at = began_at + REQUEST_SECONDS
-                if was_idle:
-                    self.since = began_at
+                self.closes_at = time.monotonic() + REQUEST_SECONDS
             read = self.request.received(self.unread)
             self.unread = self.unread[read:]
             if self.request.completed:
@@ -5410,9 +5390,8 @@ def prepare_process():
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # These print URLs, and with them the bot's token.
-    for noisy in map(logging.getLogger, ("urllib3", "TeleBot")):
-        noisy.handlers = [logging.NullHandler()]
-        noisy.propagate = False
+    for noisy in ("urllib3", "TeleBot"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(encoding="utf-8", errors="replace")
 

@@ -7712,7 +7712,7 @@ def test_body_that_is_slow_to_read_is_read_in_a_pool(
     headers, pools, real = join(http, "alice"), [], factoryapp.read_body
 
     def noted(max_bytes):
-        pools.append(factoryapp.request.environ["factoryapp.answer"].pool)
+        pools.append(factoryapp.local.answer.pool)
         return real(max_bytes)
 
     monkeypatch.setattr(factoryapp, "read_body", noted)
