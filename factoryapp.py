@@ -4664,10 +4664,10 @@ def show_openapi():
 #
 # Names of waitress that its documentation does not promise (requirements.txt names the version):
 #   HTTPRequestParser: received, parse_header, header_plus, body_rcv, completed, error, headers,
-#     expect_continue, chunked, command, version, path, get_body_stream; ParsingError, BadRequest
-#   its errors: code, reason, body
-#   WSGITask: service, execute, finish, write, get_environment, environ, status, response_headers,
-#     complete, content_length, start_time, version, close_on_finish, set_close_on_finish
+#     expect_continue, chunked, command, path, get_body_stream
+#   its errors: ParsingError, BadRequest, InternalServerError; code, reason, body
+#   WSGITask: service, execute, finish, write, environ, status, response_headers, complete,
+#     content_length, start_time, close_on_finish, set_close_on_finish
 #   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
 #   TcpWSGIServer: channel_class, adj, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
