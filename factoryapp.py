@@ -156,7 +156,9 @@ MAX_ID = 2**63 - 1  # SQLite's
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
-MAX_QUEUED = 2000  # messages of one person to another: a queue is moved or given up at once
+# Messages that wait: a queue is moved or given up in one transaction.
+MAX_QUEUED = 2000  # of one person to another
+MAX_QUEUED_TO_ONESELF = 50_000
 QUEUE_FULL_SECONDS = 60  # until their sender may try again
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
@@ -634,6 +636,10 @@ class Connection(sqlite3.Connection):
         """Return the first row, or None."""
         return self.run(sql, *values, **named).fetchone()
 
+    def list(self, sql, *values, **named):
+        """Return the first column of all rows."""
+        return [row[0] for row in self.run(sql, *values, **named)]
+
     def insert(self, table, verb="INSERT", **row):
         """Insert a row, {column: value}. Returns the cursor."""
         names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
@@ -876,7 +882,7 @@ def read_version(db):
 
     Raises BadSetting if this program cannot use it.
     """
-    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    names = set(db.list("SELECT name FROM sqlite_master"))
     version = 0
     if "factoryapp" in names:
         (version,) = db.one("SELECT schema_version FROM factoryapp")
@@ -910,9 +916,9 @@ def check_store():
             raise BadSetting(f"The database {settings.db} is not a file: name another with --db.")
         if has_another_name():
             raise BadSetting(
-                f"The database {settings.db} has another name as well, by a hard link or by being "
-                "mounted alone, and what was written last lies beside one of them: mount the "
-                "folder, not the file, and remove other hard links."
+                f"The database {settings.db} has another name as well, by a hard link or a mount, "
+                "and what was written last may lie beside that: mount the folder, not the file, "
+                "and remove other hard links."
             )
         with closing(connect("ro")) as db:
             return read_version(db)
@@ -1032,10 +1038,9 @@ def set_password(db, user_id, old_hash, new_hash):
 
 
 def list_changes(db, user_ids):
-    """Return (id, changes) of each of these users."""
-    return db.run(
-        "SELECT id, changes FROM users WHERE id IN (SELECT value FROM json_each(?))", user_ids
-    ).fetchall()
+    """Return {id: changes} of these users."""
+    sql = "SELECT id, changes FROM users WHERE id IN (SELECT value FROM json_each(?))"
+    return dict(db.run(sql, user_ids))
 
 
 def add_key(db, user_id, name, key, expires_at):
@@ -1224,7 +1229,11 @@ SELECT_MESSAGE = """
     FROM messages AS m
     JOIN users AS s ON s.id = m.sender_id JOIN users AS r ON r.id = m.recipient_id
     """
-SELECT_SCHEDULED = SELECT_MESSAGE.replace("messages AS m", "scheduled AS m")
+
+
+def of_scheduled(sql):
+    """Return the same query, of scheduled messages."""
+    return sql.replace("messages AS m", "scheduled AS m")
 
 
 def find_message(db, message_id, user_id):
@@ -1235,7 +1244,7 @@ def find_message(db, message_id, user_id):
     row = db.one(
         f"""
         {SELECT_MESSAGE} WHERE m.id = :id AND :user IN (m.sender_id, m.recipient_id)
-        UNION ALL {SELECT_SCHEDULED} WHERE m.id = :id AND m.sender_id = :user
+        UNION ALL {of_scheduled(SELECT_MESSAGE)} WHERE m.id = :id AND m.sender_id = :user
         """,
         id=message_id,
         user=user_id,
@@ -1328,15 +1337,7 @@ OWN_ANSWERS = own_messages("""
     m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
     AND m.delivery = coalesce(:delivery, m.delivery)
     """)
-
-
-OWN_SCHEDULED = Listing(
-    "SELECT id FROM scheduled WHERE sender_id = :user AND id > :after AND id < :before",
-    f"""
-    {SELECT_SCHEDULED}
-    WHERE m.sender_id = :user AND m.id > :after AND m.id < :before ORDER BY m.id
-    """,
-)
+OWN_SCHEDULED = Listing(*map(of_scheduled, own_messages(SENT)))
 
 
 def find_page_end(db, listing, page, order):
@@ -1360,15 +1361,20 @@ def is_queue_full(db, sender_id, recipient_id):
     """Return whether as many messages of one to the other wait, queued or scheduled, as may."""
     last = db.one(
         """
-        SELECT 1 FROM messages
+        SELECT 1 FROM (
+            SELECT min(id) AS first FROM messages
+            WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued')
+        CROSS JOIN messages
         WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued'
+            -- They are counted only if as many ids have been given since the first of them.
+            AND first + :last <= (SELECT max(id) FROM messages)
         UNION ALL
         SELECT 1 FROM scheduled WHERE sender_id = :sender AND recipient_id = :recipient
-        LIMIT 1 OFFSET :most - 1
+        LIMIT 1 OFFSET :last
         """,
         sender=sender_id,
         recipient=recipient_id,
-        most=MAX_QUEUED,
+        last=(MAX_QUEUED_TO_ONESELF if sender_id == recipient_id else MAX_QUEUED) - 1,
     )
     return last is not None
 
@@ -1408,12 +1414,11 @@ def add_scheduled(db, send_at, **columns):
 
 def list_due_scheduled(db):
     """Return the ids of some scheduled messages that are due, in their order."""
-    rows = db.run(
+    return db.list(
         "SELECT id FROM scheduled WHERE send_at <= ? ORDER BY send_at, id LIMIT ?",
         iso(now()),
         PORTION_ROWS,
     )
-    return [row["id"] for row in rows]
 
 
 def set_send_at(db, message_id, send_at):
@@ -1516,13 +1521,12 @@ def add_delivery(db, chat, **columns):
 
 def list_queue(db, chat):
     """The ids of the deliveries that are queued for a chat."""
-    rows = db.run(
+    return db.list(
         """
         SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY id
         """,
         *chat,
     )
-    return [row["id"] for row in rows]
 
 
 def move_queue(db, chat, to_chat):
@@ -1559,7 +1563,7 @@ def list_queues(db, bot_id):
 
 def list_due(db, bot_id):
     """Return the ids of the chats in which something is due."""
-    rows = db.run(
+    return db.list(
         """
         SELECT DISTINCT chat_id FROM outbox
         WHERE bot_id = ? AND given_up_at IS NULL AND due_at <= ?
@@ -1567,7 +1571,6 @@ def list_due(db, bot_id):
         bot_id,
         now(),
     )
-    return [row["chat_id"] for row in rows]
 
 
 def find_head(db, bot_id, chat_id):
@@ -1928,8 +1931,12 @@ def wait_to_send(db, sender, recipients):
     """Count a message to each. Returns 0, or the seconds to wait: then none was counted."""
     if any(is_queue_full(db, sender["id"], to["id"]) for to in recipients):
         return QUEUE_FULL_SECONDS
-    others = [to["id"] for to in recipients if to["id"] != sender["id"]]
-    return message_limiter.try_once({(sender["id"], to): MESSAGES_TO_ANOTHER for to in others})
+    limits = {
+        (sender["id"], to["id"]): MESSAGES_TO_ANOTHER
+        for to in recipients
+        if to["id"] != sender["id"]
+    }
+    return message_limiter.try_once(limits)
 
 
 def link_chat(db, chat, user_id, token):
@@ -2103,8 +2110,7 @@ def run_upkeep(home, stop):
     """Do what nobody waits for, until told to stop; what is old is forgotten each hour."""
     forget_at, spent = 0, 0
     while not stop.is_set():
-        is_more = False
-        started_at = ticks()
+        is_more, started_at = False, ticks()
         try:
             wake_due(home)
             # The rest may be waiting for others who write.
@@ -2113,10 +2119,9 @@ def run_upkeep(home, stop):
             note_used_keys()
             if ticks() >= forget_at:
                 with transaction() as db:
-                    if forget_some(db):
-                        is_more = True
-                    else:
-                        forget_at = ticks() + FORGET_SECONDS
+                    is_more = forget_some(db) or is_more
+                if not is_more:
+                    forget_at = ticks() + FORGET_SECONDS
         except Exception:
             log.exception("upkeep failed; trying again")
         # A twentieth of the time at most.
@@ -4387,10 +4392,11 @@ def find_recipients(db, user, recipient, reply_to):
         raise HTTPError(400, {"reply_to": ["No such message."]})
     if not recipient:
         return [other or user]
-    names = [recipient] if isinstance(recipient, str) else recipient
+    is_one = isinstance(recipient, str)
+    names = [recipient] if is_one else recipient
     found = {name: find_user_by_name(db, name) for name in names}
     if unknown := [name for name in names if not found[name]]:
-        which = f": {', '.join(unknown)}" if isinstance(recipient, list) else ""
+        which = "" if is_one else f": {', '.join(unknown)}"
         raise HTTPError(400, {"recipient": [f"No such user{which}."]})
     return found.values()
 
@@ -5087,7 +5093,7 @@ class Server(TcpWSGIServer):
             # Before it is read: what is committed meanwhile is news again.
             news.is_new = False
             user_ids = [user["id"] for user in self.waiting.values()]
-            changes = dict(list_changes(connection(), user_ids))
+            changes = list_changes(connection(), user_ids)
         for answer, user in list(self.waiting.items()):
             if is_over:
                 answer.waits_until = 0
@@ -5289,8 +5295,7 @@ def read_arguments(argv):
             None,
             "debug|info|warning|error",
             "least urgent lines to log to standard error: debug, info (a line a request), "
-            "warning or error (default info; warning when the bot talks in this terminal, where "
-            "the lines would come between you and it)",
+            "warning or error (default info; warning while the bot talks in this terminal)",
         ),
     ):
         parser.add_argument(

@@ -2735,6 +2735,22 @@ def test_while_as_much_waits_for_somebody_as_may_no_more_is_taken_for_them(
     assert post_statuses(http, alice, 1, "bob") == [201]
 
 
+def test_one_may_have_more_wait_for_oneself_than_for_others(
+    http, telegram, bot_api, clock, monkeypatch, pair
+):
+    monkeypatch.setattr(factoryapp, "MAX_QUEUED", 2)
+    monkeypatch.setattr(factoryapp, "MAX_QUEUED_TO_ONESELF", 4)
+    alice, bob = pair
+    for _ in range(2):
+        assert post_statuses(http, alice, 5, "alice") == [201] * 4 + [429]
+        # What others send between them counts for nothing.
+        assert post_statuses(http, bob, 3, "alice") == [201] * 2 + [429]
+        assert post_statuses(http, alice, 3, "bob") == [201] * 2 + [429]
+        deliver_all(telegram)
+        clock.move(10)
+        deliver_all(telegram)
+
+
 def test_memory_for_paces_is_bounded(http, monkeypatch):
     monkeypatch.setattr(factoryapp, "LIMITER_KEYS", 2)
     monkeypatch.setattr(factoryapp, "MESSAGES_TO_ANOTHER", (1, 1))
