@@ -63,7 +63,7 @@ import weakref
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
@@ -199,7 +199,7 @@ FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
 FAILING_SECONDS = 3600
 MISSING_SECONDS = 600  # until "chat not found" is believed
 HEARD_SECONDS = 3 * 24 * 3600
-UPKEEP_SECONDS = 0.5  # between two rounds of it, or longer if they take long
+UPKEEP_SECONDS = 0.5  # between two rounds of it
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 
 # The server
@@ -642,8 +642,8 @@ class Connection(sqlite3.Connection):
 
     def insert(self, table, verb="INSERT", **row):
         """Insert a row, {column: value}. Returns the cursor."""
-        names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
-        return self.execute(f"{verb} INTO {table} ({names}) VALUES ({values})", row)
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        return self.execute(f"{verb} INTO {table} ({names}) VALUES ({marks})", [*row.values()])
 
 
 # A list is bound as JSON, for json_each().
@@ -1561,16 +1561,10 @@ def list_queues(db, bot_id):
     return [(chat_id, Again(seconds, why)) for chat_id, _, seconds, why in queues]
 
 
-def list_due(db, bot_id):
-    """Return the ids of the chats in which something is due."""
-    return db.list(
-        """
-        SELECT DISTINCT chat_id FROM outbox
-        WHERE bot_id = ? AND given_up_at IS NULL AND due_at <= ?
-        """,
-        bot_id,
-        now(),
-    )
+def list_queued_chats(db, bot_id):
+    """Return the ids of the chats for which something is queued."""
+    sql = "SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL"
+    return db.list(sql, bot_id)
 
 
 def find_head(db, bot_id, chat_id):
@@ -1737,9 +1731,10 @@ class TokenError(Exception):
     """A JWT that is not to be believed; the text is for the client."""
 
 
-def hash_of_hash(user):
+@lru_cache(TOKENS_REMEMBERED)
+def hash_of_hash(password_hash):
     """Return what ties a token to the user's password: a new password ends the token."""
-    return sha256(user["password"])[:16].hex()
+    return sha256(password_hash)[:16].hex()
 
 
 def issue_token(kind, user):
@@ -1752,7 +1747,7 @@ def issue_token(kind, user):
         "iat": issued_at,
         "jti": secrets.token_hex(16),
         "user_id": str(user["id"]),
-        "hash_password": hash_of_hash(user),
+        "hash_password": hash_of_hash(user["password"]),
     }
     return jwt.encode(claims, settings.key, algorithm="HS256")
 
@@ -1881,9 +1876,10 @@ def relay(db, sender, recipient, text, source, silent=False, **columns):
     delivery = "queued" if chat else "unlinked"
     message_id = add_message(db, **users, text=text, source=source, delivery=delivery, **columns)
 
-    copies = [(chat, FROM_ANOTHER, False), (find_chat(db, sender["id"]), OWN_COPY_FOR, True)]
     if sender["id"] == recipient["id"]:
         copies = [(chat, OWN_COPY, False)]
+    else:
+        copies = [(chat, FROM_ANOTHER, False), (find_chat(db, sender["id"]), OWN_COPY_FOR, True)]
     names = {"username": sender["username"], "recipient": recipient["username"]}
     for chat, words, is_own_copy in copies:
         about = {"message_id": message_id, "silent": silent, "is_own_copy": is_own_copy}
@@ -1936,7 +1932,7 @@ def wait_to_send(db, sender, recipients):
         for to in recipients
         if to["id"] != sender["id"]
     }
-    return message_limiter.try_once(limits)
+    return message_limiter.try_once(limits) if limits else 0
 
 
 def link_chat(db, chat, user_id, token):
@@ -2089,12 +2085,9 @@ def run_outbox(home, stop):
             stop.wait(1)
 
 
-def wake_due(home):
-    """Wake the chats in which something is due.
-
-    Another process may have queued it, or the clock was set. It ends no pause.
-    """
-    for chat_id in list_due(connection(), home.id):
+def wake_all(home):
+    """Wake the chats for which something is queued, maybe by another process. It ends no pause."""
+    for chat_id in list_queued_chats(connection(), home.id):
         turns.wake(home.id, chat_id)
 
 
@@ -2108,13 +2101,11 @@ def note_used_keys():
 
 def run_upkeep(home, stop):
     """Do what nobody waits for, until told to stop; what is old is forgotten each hour."""
-    forget_at, spent = 0, 0
+    forget_at = 0
     while not stop.is_set():
-        is_more, started_at = False, ticks()
+        is_more = False
         try:
-            wake_due(home)
-            # The rest may be waiting for others who write.
-            spent = ticks() - started_at
+            wake_all(home)
             is_more = publish_due()
             note_used_keys()
             if ticks() >= forget_at:
@@ -2124,8 +2115,7 @@ def run_upkeep(home, stop):
                     forget_at = ticks() + FORGET_SECONDS
         except Exception:
             log.exception("upkeep failed; trying again")
-        # A twentieth of the time at most.
-        stop.wait(max(PORTION_PAUSE_SECONDS if is_more else UPKEEP_SECONDS, 20 * spent))
+        stop.wait(PORTION_PAUSE_SECONDS if is_more else UPKEEP_SECONDS)
 
 
 def announce(line):
@@ -3422,7 +3412,7 @@ def token_user(claims):
     user = find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
     # Version 1.1.0 left the claim out; its access tokens end in five minutes.
     is_old = "hash_password" not in claims and claims.get("token_type") == "access"
-    if user and not is_old and claims.get("hash_password") != hash_of_hash(user):
+    if user and not is_old and claims.get("hash_password") != hash_of_hash(user["password"]):
         raise HTTPError(401, PASSWORD_CHANGED)
     return user
 
@@ -4362,7 +4352,7 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
         # So many copies to be split.
         leave_round("patient")
     key = read_idempotency_key()
-    request_hash = sha256(repr((text, recipient, silent, send_at, reply_to, choices)))
+    request_hash = key and sha256(repr((text, recipient, silent, send_at, reply_to, choices)))
     with transaction() as db:
         if key and (earlier := find_idempotency_key(db, user["id"], key)):
             return replay(request_hash, earlier)
@@ -4796,8 +4786,9 @@ class Answer(WSGITask):
             self.content_length = len(body)
             self.write(body)
             return
-        # What was read of its body elsewhere is read again.
-        self.request.get_body_stream().seek(0)
+        if self.pool:
+            # What was read of its body elsewhere is read again.
+            self.request.get_body_stream().seek(0)
         super().execute()
         if log.isEnabledFor(logging.INFO):
             path = urllib.parse.quote(self.request.path, encoding="latin-1")

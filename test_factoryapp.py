@@ -1007,7 +1007,7 @@ def test_chats_refused_thrice_between_two_of_them_bar_nobody(http, telegram, bot
 def test_chat_that_turns_has_forgotten_is_served_in_a_second(http, telegram, bot_api, clock):
     queue(7)
     factoryapp.turns.open(telegram.id, ())
-    factoryapp.wake_due(telegram)
+    factoryapp.wake_all(telegram)
     deliver_all(telegram)
     assert bot_api.sent == [(7, "text")]
 
@@ -1015,7 +1015,7 @@ def test_chat_that_turns_has_forgotten_is_served_in_a_second(http, telegram, bot
 def test_what_another_process_queues_is_sent_within_a_second(http, telegram, bot_api, clock):
     for count in (1, 2, 3):
         queue_by_another_process(7)
-        factoryapp.wake_due(telegram)
+        factoryapp.wake_all(telegram)
         deliver_all(telegram)
         assert len(bot_api.texts(7)) == count
 
@@ -1029,20 +1029,20 @@ def test_what_another_process_queues_ends_no_pause_and_is_sent_once(
     deliver_all(telegram)
     queue(4)
     assert factoryapp.turns.take() == 4  # a sender is at it
-    real = factoryapp.list_due
+    real = factoryapp.list_queued_chats
 
-    def list_due(*args):
+    def list_queued_chats(*args):
         # What is sent while the outbox is looked at.
         chat_ids = real(*args)
         deliver_all(telegram)
         return chat_ids
 
-    monkeypatch.setattr(factoryapp, "list_due", list_due)
+    monkeypatch.setattr(factoryapp, "list_queued_chats", list_queued_chats)
     for _ in range(5):
         queue(6)
         queue_by_another_process(1, 4, 5)
         clock.move(61)
-        factoryapp.wake_due(telegram)
+        factoryapp.wake_all(telegram)
         deliver_all(telegram)
     assert [len(bot_api.texts(chat_id)) for chat_id in range(1, 7)] == [0, 30, 0, 0, 5, 5]
     assert tries(bot_api, 1) == 1
@@ -1063,7 +1063,7 @@ def test_what_another_process_queues_waits_while_the_whole_bot_was_told_to(
     deliver_all(telegram)
     for _ in range(8):
         queue_by_another_process(1, 7)
-        factoryapp.wake_due(telegram)
+        factoryapp.wake_all(telegram)
         clock.move(1.1)
         deliver_all(telegram)
         assert bot_api.sent == []
@@ -1100,7 +1100,7 @@ def test_step_of_the_clock_neither_ends_nor_prolongs_a_pause(
     for chat_id, left in ((2, 150), (1, 9822)):
         for _ in range(3):
             clock.move((left - 0.3) / 3)
-            factoryapp.wake_due(telegram)
+            factoryapp.wake_all(telegram)
             deliver_all(telegram)
             assert bot_api.texts(chat_id) == []
         clock.move(0.3 + 1e-4)
@@ -1121,13 +1121,6 @@ def test_clock_set_back_sends_nothing_before_its_send_at(
     clock.move(61)
     deliver_all(telegram)
     assert bot_api.texts(7) == [own_copy("text")] and errors(caplog) == []
-
-
-def test_upkeep_that_waited_for_other_writers_is_soon_back(http, telegram, clock, monkeypatch):
-    monkeypatch.setattr(factoryapp, "note_used_keys", lambda: clock.move(3))
-    stop = StopAtPause(2)
-    factoryapp.run_upkeep(telegram, stop)
-    assert stop.pauses[-1] == factoryapp.UPKEEP_SECONDS
 
 
 # --- Store ----------------------------------------------------------------------------------------
