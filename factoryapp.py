@@ -1236,19 +1236,18 @@ def of_scheduled(sql):
     return sql.replace("messages AS m", "scheduled AS m")
 
 
+FIND_MESSAGE = f"""
+    {SELECT_MESSAGE} WHERE m.id = :id AND :user IN (m.sender_id, m.recipient_id)
+    UNION ALL {of_scheduled(SELECT_MESSAGE)} WHERE m.id = :id AND m.sender_id = :user
+    """
+
+
 def find_message(db, message_id, user_id):
     """Return a message's JSON, or None if there is none or it is not the user's.
 
     A scheduled message is its sender's alone.
     """
-    row = db.one(
-        f"""
-        {SELECT_MESSAGE} WHERE m.id = :id AND :user IN (m.sender_id, m.recipient_id)
-        UNION ALL {of_scheduled(SELECT_MESSAGE)} WHERE m.id = :id AND m.sender_id = :user
-        """,
-        id=message_id,
-        user=user_id,
-    )
+    row = db.one(FIND_MESSAGE, id=message_id, user=user_id)
     return row[1] if row else None
 
 
