@@ -106,7 +106,7 @@ except ModuleNotFoundError as error:
 # What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit
 # in its name.
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 SCHEMA_VERSION = 6
 
 # Tokens and passwords
