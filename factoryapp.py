@@ -11,9 +11,9 @@ One message's journey:
      update, and the offset behind it, are one transaction.
 
 Threads: the serving thread reads every request and serves most. Those of the pools take what would
-hold it up (POOLS), 64 senders deliver, one polling thread listens to Telegram or to the terminal,
-one sees to the upkeep. They share the database, `turns`, `news`, what is known of the bot, and the
-event that stops them, nothing else.
+hold it up (POOLS). The outbox thread takes turns, up to 64 senders deliver. The polling thread
+listens to Telegram or to the terminal, one sees to the upkeep. They share the database, `turns`,
+`news`, what is known of the bot, and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
   Settings  what can be set, and every limit      Page     what GET / answers
@@ -429,12 +429,14 @@ class Turns:
 
     def __init__(self):
         self.changed = threading.Condition()
-        self.next = threading.Lock()  # of the one sender that waits for the next turn
-        self.close()
+        self.open(None, ())
 
     def close(self):
-        """There is nothing more to send: senders that wait for a turn get none."""
-        self.open(None, ())
+        """Let no more turns be taken, and wait some seconds for those that were."""
+        with self.changed:
+            self.bot_id = None
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.busy, STOP_SECONDS / 2)
 
     def open(self, bot_id, queues):
         """Start with what the outbox holds for this bot: (chat id, Again) pairs."""
@@ -446,7 +448,7 @@ class Turns:
             self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
             self.held = []  # ids of messages of which nothing is to be sent now
             self.queued = set()  # busy chats that something was queued for meanwhile
-            self.sent_at = deque(maxlen=SENDS_PER_SECOND)
+            self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # of the latest sends
             # In seconds since 1970: the last send that did not fail, the last hurry().
             self.passed_at = self.back_at = 0
             self.slow = {}  # chat: until when it gets one message a second
@@ -470,13 +472,6 @@ class Turns:
         if self.order[0] is turn:
             self.changed.notify()
 
-    def paced_at(self):
-        """Return when the bot may speak again, in ticks."""
-        if len(self.sent_at) < SENDS_BURST:
-            return self.barred_until
-        # So many at once in each such time make SENDS_PER_SECOND.
-        return max(self.barred_until, self.sent_at[-SENDS_BURST] + SENDS_BURST / SENDS_PER_SECOND)
-
     def wake(self, bot_id, chat_id):
         """Something was queued for the chat."""
         with self.changed:
@@ -488,31 +483,29 @@ class Turns:
     def take(self, wait_seconds=0):
         """Return the chat whose turn it is, or None if no turn comes in time.
 
-        The chat must be given back.
+        The chat must be given back. At most SENDERS are being sent to.
         """
         ends_at = time.monotonic() + wait_seconds
-        if not self.next.acquire(timeout=wait_seconds):
-            return None
-        try:
-            with self.changed:
-                while True:
-                    due_at = max(self.order[0].due_at if self.order else math.inf, self.paced_at())
-                    if due_at <= ticks():
-                        return self.start()
-                    left = ends_at - time.monotonic()
-                    if left <= 0 or self.bot_id is None:
-                        return None
-                    self.changed.wait(min(left, due_at - ticks()))
-        finally:
-            self.next.release()
-
-    def start(self):
-        """Begin the first turn, which has come. Returns its chat. The caller holds the lock."""
-        chat_id = heappop(self.order).chat_id
-        self.due.remove(chat_id)
-        self.busy[chat_id] = self.back_at
-        self.sent_at.append(ticks())
-        return chat_id
+        with self.changed:
+            while self.bot_id is not None:
+                is_any = self.order and len(self.busy) < SENDERS
+                due_at = max(
+                    self.order[0].due_at if is_any else math.inf,
+                    # So many at once in each such time make SENDS_PER_SECOND.
+                    self.sent_at[0] + SENDS_BURST / SENDS_PER_SECOND,
+                    self.barred_until,
+                )
+                if due_at <= ticks():
+                    chat_id = heappop(self.order).chat_id
+                    self.due.remove(chat_id)
+                    self.busy[chat_id] = self.back_at
+                    self.sent_at.append(ticks())
+                    return chat_id
+                left = ends_at - time.monotonic()
+                if left <= 0:
+                    break
+                self.changed.wait(min(left, due_at - ticks()))
+        return None
 
     def claim(self, chat_id, delivery):
         """Reserve a delivery for the sender that has this chat's turn.
@@ -563,6 +556,7 @@ class Turns:
             self.queued.discard(chat_id)
             if again:
                 self.put(chat_id, again)
+            self.changed.notify_all()
 
     def note_refusal(self, delivery, until):
         """Telegram told the chat of a delivery to wait. The caller holds the lock.
@@ -2060,28 +2054,37 @@ def deliver_head(home, chat_id):
     return Again(0, "early") if find_head(connection(), home.id, chat_id) else None
 
 
-def deliver_next(home, wait_seconds=0):
-    """Deliver the head of the chat whose turn it is, or comes in time. False when none's does."""
-    chat_id = turns.take(wait_seconds)
-    if chat_id is None:
-        return False
-    # Whatever goes wrong, the chat's turn comes again.
-    again = Again(1, "failed")
+def deliver_to(home, chat_id):
+    """Deliver the head of a chat whose turn was taken, and give the turn back."""
     try:
         again = deliver_head(home, chat_id)
-    finally:
-        turns.give_back(chat_id, again)
-    return True
+    except Exception:
+        log.exception(f"a delivery to chat {chat_id} failed")
+        again = Again(1, "failed")
+    turns.give_back(chat_id, again)
+
+
+def run_sender(home, chats):
+    """Deliver to the chats that come through this queue, until None does."""
+    for chat_id in iter(chats.get, None):
+        deliver_to(home, chat_id)
 
 
 def run_outbox(home, stop):
-    """Deliver until told to stop; one bad round never ends the thread."""
+    """Take turns until told to stop, and give each to a sender.
+
+    There are no more senders than needed: each has connections of its own.
+    """
+    chats, senders = queue.SimpleQueue(), 0
     while not stop.is_set():
-        try:
-            deliver_next(home, wait_seconds=1)
-        except Exception:
-            log.exception("outbox round failed")
-            stop.wait(1)
+        chat_id = turns.take(wait_seconds=1)
+        if chat_id is not None:
+            if senders < len(turns.busy):
+                senders += 1
+                start_thread("sender", run_sender, home, chats)
+            chats.put(chat_id)
+    for _ in range(senders):
+        chats.put(None)
 
 
 def wake_all(home):
@@ -5464,25 +5467,14 @@ def administer(name, password_hash):
 
 
 def start_workers(home, stop):
-    """Start what works in the background. Returns the senders."""
+    """Start what works in the background."""
     running.home = home
     turns.open(home.id, list_queues(connection(), home.id))
     if elsewhere := count_elsewhere(connection(), home.id):
         log.warning(f"{elsewhere} accounts are linked to another bot: they have to link again")
     start_thread("polling", home.run, stop)
     start_thread("upkeep", run_upkeep, home, stop)
-    return [start_thread(f"sender-{n}", run_outbox, home, stop) for n in range(SENDERS)]
-
-
-def stop_workers(senders):
-    """Let those who send finish.
-
-    Not the polling thread, which may sleep in its call: what it has not received yet comes again.
-    """
-    turns.close()
-    ends_at = time.monotonic() + STOP_SECONDS / 2
-    for sender in senders:
-        sender.join(max(0, ends_at - time.monotonic()))
+    start_thread("outbox", run_outbox, home, stop)
 
 
 def close_store():
@@ -5511,11 +5503,12 @@ def serve(sock, home):
         f"FactoryApp listens on {address} (Ctrl-C ends it)\n"
         f"database: {settings.db}\n{home.greeting}"
     )
-    senders = start_workers(home, stop)
+    start_workers(home, stop)
     server.serve()
     sock.close()
     stop.set()
-    stop_workers(senders)
+    # Not the polling thread, which may sleep in its call: what it has not received comes again.
+    turns.close()
     close_store()
 
 

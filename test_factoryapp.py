@@ -335,20 +335,13 @@ def pair(http, telegram, bot_api):
 def running(telegram, bot_api):
     """The same with its polling thread and senders at work."""
     stop = threading.Event()
-    threads = [threading.Thread(target=telegram.run, args=(stop,), daemon=True)]
-    threads += [
-        threading.Thread(target=factoryapp.run_outbox, args=(telegram, stop), daemon=True)
-        for _ in range(factoryapp.SENDERS)
-    ]
-    for thread in threads:
-        thread.start()
+    factoryapp.start_thread("polling", telegram.run, stop)
+    factoryapp.start_thread("outbox", factoryapp.run_outbox, telegram, stop)
     yield telegram
     stop.set()
     bot_api.hung_up.set()
     factoryapp.turns.close()
-    for thread in threads[1:]:
-        thread.join(5)
-        assert not thread.is_alive()
+    assert not factoryapp.turns.busy
 
 
 def message_request(headers, text):
@@ -356,10 +349,19 @@ def message_request(headers, text):
     return "POST", "/api/messages/", json.dumps({"text": text}), {**headers, "Content-Type": JSON}
 
 
+def deliver_next(home):
+    """Deliver the head of the chat whose turn it is. Returns False if it is nobody's."""
+    chat_id = factoryapp.turns.take()
+    if chat_id is None:
+        return False
+    factoryapp.deliver_to(home, chat_id)
+    return True
+
+
 def deliver_all(home):
     while factoryapp.publish_due():
         pass
-    while factoryapp.deliver_next(home):
+    while deliver_next(home):
         pass
 
 
@@ -725,6 +727,7 @@ def test_clock_set_back_holds_up_nothing(http, telegram, bot_api, clock, linked)
 
 def test_no_more_than_thirty_sends_a_second(http, telegram, bot_api, clock, linked, monkeypatch):
     monkeypatch.setattr(factoryapp, "SENDS_BURST", 5)
+    factoryapp.turns.open(telegram.id, ())
     headers = log_in(http, "alice")
     for n in range(70):
         post(http, headers, str(n))
@@ -920,7 +923,7 @@ def refuse_in_turn(telegram, bot_api, clock, refusals):
             failure = too_many_requests(retry_after) if is_told else retry_after
             bot_api.failures[chat_id].append(failure)
         queue(chat_id)
-        assert factoryapp.deliver_next(telegram)
+        assert deliver_next(telegram)
 
 
 @pytest.mark.parametrize(
@@ -1966,7 +1969,7 @@ def test_long_message_goes_out_in_parts_in_order(http, telegram, bot_api):
     headers, text = join(http, "alice"), "слово " * 2700
     link_chat(http, telegram, bot_api, headers, 7)
     post(http, headers, text)
-    factoryapp.deliver_next(telegram)
+    deliver_next(telegram)
     assert list_messages(http, headers)[0]["delivery"] == "queued"
     deliver_all(telegram)
     _, first, *later = bot_api.raw
@@ -1982,7 +1985,7 @@ def test_nothing_comes_between_the_parts_of_a_text(http, telegram, bot_api, cloc
     post(http, headers, "длинно " * 1500, send_at=factoryapp.iso(clock.seconds + 60))
     clock.move(61)
     factoryapp.publish_due()
-    factoryapp.deliver_next(telegram)
+    deliver_next(telegram)
     post(http, headers, "кратко")
     deliver_all(telegram)
     assert [text.split()[-1] for text in bot_api.texts(7)] == ["длинно"] * 3 + ["кратко"]
@@ -2315,20 +2318,27 @@ def test_chat_comes_up_again_after_a_round_that_failed(
 
     monkeypatch.setattr(factoryapp, function, fail_once)
     post(http, linked, "one")
-    with suppress(sqlite3.OperationalError):
-        factoryapp.deliver_next(telegram)
+    deliver_next(telegram)
     assert failures == bot_api.sent == []
     clock.move(60)
     deliver_all(telegram)
     assert [text[-3:] for text in bot_api.texts(7)] == ["one"]
 
 
-def test_fault_of_ours_in_a_delivery_ends_no_sender(http, telegram, linked, monkeypatch, caplog):
-    monkeypatch.setattr(factoryapp, "deliver", lambda *args: 1 / 0)
+def test_fault_of_ours_in_a_delivery_ends_no_sender(
+    http, linked, running, bot_api, monkeypatch, caplog
+):
+    real, faults = factoryapp.deliver, [ZeroDivisionError()]
+
+    def deliver(*args):
+        if faults:
+            raise faults.pop()
+        return real(*args)
+
+    monkeypatch.setattr(factoryapp, "deliver", deliver)
     post(http, linked, "one")
-    stop = StopAtPause()
-    factoryapp.run_outbox(telegram, stop)
-    assert stop.pauses[-1] and "ZeroDivisionError" in caplog.text
+    bot_api.wait_for(lambda: len(bot_api.sent) == 1)
+    assert "ZeroDivisionError" in caplog.text
 
 
 ODD_EXCEPTIONS = [
@@ -3011,6 +3021,7 @@ def test_telegram_may_be_away_as_long_as_it_likes(http, running, bot_api, monkey
     monkeypatch.setattr(factoryapp, "SLOW_SECONDS", 0)
     monkeypatch.setattr(factoryapp, "SENDS_BURST", 5)
     monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 0.2)
+    factoryapp.turns.open(running.id, ())
     headers = join(http, "alice")
     bot_api.write(7, link_token(http, headers))
     bot_api.wait_for_texts(7)
@@ -6929,7 +6940,7 @@ def test_nothing_of_a_message_is_sent_between_its_cancelling_and_the_commit(
     real = factoryapp.commit
 
     def send_first(db):
-        sender = threading.Thread(target=factoryapp.deliver_next, args=(telegram,))
+        sender = threading.Thread(target=deliver_next, args=(telegram,))
         sender.start()
         sender.join(1)
         real(db)
@@ -7213,7 +7224,7 @@ def test_health_has_what_was_to_be_sent_later_wait_since_then(http, telegram, cl
     for queued in (2, 1):  # parts
         health = http.get("/health/").json
         assert (health["queued"], health["oldest_queued_seconds"]) == (queued, 10)
-        factoryapp.deliver_next(telegram)
+        deliver_next(telegram)
 
 
 def test_health_without_a_database_says_so(http, monkeypatch, tmp_path):
