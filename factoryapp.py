@@ -181,7 +181,6 @@ PORTION_PAUSE_SECONDS = 0.02
 PUBLISH_SECONDS = 0.02  # of a portion of what is scheduled and due: others who write wait
 PUBLISH_AGAIN_SECONDS = 3600  # after a failure that is the message's own
 FORGET_SECONDS = 3600  # between two searches for what is old
-KEEP_SENT_DAYS = 90  # what was given up, and what a reply in Telegram answers
 
 # Telegram
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
@@ -811,33 +810,36 @@ LADDER = {
         ALTER TABLE users DROP COLUMN tokens_from;
         ALTER TABLE users ADD COLUMN changes INTEGER NOT NULL DEFAULT 0;
         ALTER TABLE messages ADD COLUMN scheduled_id INTEGER;
-        ALTER TABLE outbox ADD COLUMN is_first INTEGER NOT NULL DEFAULT 1
-            CHECK (is_first IN (0, 1));
+        ALTER TABLE outbox RENAME TO old_outbox;
+        DROP INDEX outbox_by_message;
         DROP TABLE idempotency_keys
         """,
         """
         -- Queues that were being moved or given up.
-        UPDATE outbox SET bot_id = coalesce(to_bot_id, l.bot_id), error = reason,
-            chat_id = coalesce(to_chat_id, l.chat_id), given_up_at = CASE WHEN to_chat_id IS NULL
-                THEN strftime('%Y-%m-%dT%H:%M:%fZ', 'now') END
-            FROM leftovers AS l WHERE outbox.bot_id = l.bot_id AND outbox.chat_id = l.chat_id
-            AND outbox.id <= last_id AND given_up_at IS NULL;
-        UPDATE messages SET delivery = 'failed', failure = error FROM outbox
+        UPDATE old_outbox AS o SET bot_id = coalesce(to_bot_id, l.bot_id), error = reason,
+            chat_id = coalesce(to_chat_id, l.chat_id),
+            given_up_at = CASE WHEN to_chat_id IS NULL THEN 'now' END
+            FROM leftovers AS l WHERE o.bot_id = l.bot_id AND o.chat_id = l.chat_id
+            AND o.id <= last_id AND given_up_at IS NULL;
+        UPDATE messages SET delivery = 'failed', failure = error FROM old_outbox
             WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
             AND NOT is_own_copy;
         -- What is still to come.
         INSERT INTO scheduled
             SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent),
                 reply_to, choices
-            FROM messages AS m JOIN outbox ON message_id = m.id
+            FROM messages AS m JOIN old_outbox AS o ON message_id = m.id
             WHERE delivery = 'queued' AND NOT is_own_copy
-            AND outbox.send_at > strftime('%s', 'now') + 0 GROUP BY m.id;
+            AND o.send_at > strftime('%s', 'now') + 0 GROUP BY m.id;
+        INSERT INTO outbox
+            SELECT id, bot_id, chat_id, text, message_id, is_own_copy,
+                send_at >= 0 AND id - 1 NOT IN (SELECT id FROM old_outbox WHERE NOT is_last),
+                is_last, silent, queued_at, attempts, due_at, pause, error, failing_since,
+                missing_since, thread_id
+            FROM old_outbox WHERE given_up_at IS NULL;
+        DROP TABLE old_outbox;
         DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
-        UPDATE outbox SET is_first = send_at >= 0
-            AND id - 1 NOT IN (SELECT id FROM outbox WHERE NOT is_last);
         DROP INDEX users_by_folded;
-        DROP INDEX outbox_waiting;
-        ALTER TABLE outbox DROP COLUMN send_at;
         ALTER TABLE heard DROP COLUMN album;
         ALTER TABLE heard DROP COLUMN was_told;
         DROP TABLE leftovers;
@@ -1383,15 +1385,7 @@ def cancel_message(db, message_id):
         id=message_id,
     )
     if is_cancelled:
-        # Not deleted: while an own copy is in flight, nothing else may get its id.
-        db.run(
-            """
-            UPDATE outbox SET given_up_at = ?, error = 'cancelled'
-            WHERE message_id = ? AND given_up_at IS NULL
-            """,
-            iso(now()),
-            message_id,
-        )
+        db.run("DELETE FROM outbox WHERE message_id = ?", message_id)
     return is_cancelled
 
 
@@ -1441,19 +1435,11 @@ FORGET = {
     "link_tokens": ("user_id", "expires_at < :now"),
     "heard": ("bot_id, chat_id, message_id", "heard_at < :heard_before"),
     "idempotency_keys": ("user_id, key", "used_at < :used_before"),
-    "outbox": ("id", "given_up_at < :sent_before"),
-    "relayed": (
-        "message_id",
-        """
-        message_id IN (SELECT id FROM messages WHERE created_at < :sent_before AND id IN (
-            SELECT DISTINCT message_id FROM relayed ORDER BY message_id LIMIT :most))
-        """,
-    ),
     "messages": (
         "id",
         """
-        created_at < :kept_from AND NOT EXISTS (
-            SELECT 1 FROM outbox WHERE message_id = messages.id AND given_up_at IS NULL)
+        created_at < :kept_from
+        AND NOT EXISTS (SELECT 1 FROM outbox WHERE message_id = messages.id)
         """,
     ),
 }
@@ -1465,7 +1451,6 @@ def forget_some(db):
         "now": now(),
         "heard_before": now() - HEARD_SECONDS,
         "used_before": now() - IDEMPOTENCY_SECONDS,
-        "sent_before": iso(now() - KEEP_SENT_DAYS * 86_400),
         "kept_from": iso(now() - settings.keep_days * 86_400) if settings.keep_days else "",
         "most": PORTION_ROWS,
     }
@@ -1514,24 +1499,26 @@ def add_delivery(db, chat, **columns):
 
 def list_queue(db, chat):
     """The ids of the deliveries that are queued for a chat."""
-    return db.list(
-        """
-        SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL ORDER BY id
-        """,
-        *chat,
-    )
+    return db.list("SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? ORDER BY id", *chat)
+
+
+def portions(ids):
+    """Yield the ids in short lists: SQLite keeps in memory all that one statement changes."""
+    for start in range(0, len(ids), PORTION_ROWS):
+        yield ids[start : start + PORTION_ROWS]
 
 
 def move_queue(db, chat, to_chat):
     """What is queued for a chat is queued for another from now on."""
-    db.run(
-        """
-        UPDATE outbox SET bot_id = ?, chat_id = ?
-        WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
-        """,
-        *to_chat,
-        *chat,
-    )
+    for ids in portions(list_queue(db, chat)):
+        db.run(
+            """
+            UPDATE outbox SET bot_id = ?, chat_id = ?
+            WHERE id IN (SELECT value FROM json_each(?))
+            """,
+            *to_chat,
+            ids,
+        )
     db.queued_for.add(to_chat)
 
 
@@ -1546,7 +1533,7 @@ def list_queues(db, bot_id):
         SELECT chat_id, max(due_at - pause), max(0, min(due_at - :now, pause)),
             CASE WHEN due_at <= :now THEN 'early'
                 WHEN error LIKE '429 %' THEN 'told' ELSE 'failed' END
-        FROM outbox WHERE bot_id = :bot AND given_up_at IS NULL GROUP BY chat_id
+        FROM outbox WHERE bot_id = :bot GROUP BY chat_id
         """,
         now=now(),
         bot=bot_id,
@@ -1556,8 +1543,7 @@ def list_queues(db, bot_id):
 
 def list_queued_chats(db, bot_id):
     """Return the ids of the chats for which something is queued."""
-    sql = "SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ? AND given_up_at IS NULL"
-    return db.list(sql, bot_id)
+    return db.list("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ?", bot_id)
 
 
 def find_head(db, bot_id, chat_id):
@@ -1573,8 +1559,7 @@ def find_head(db, bot_id, chat_id):
                 ON relayed.message_id = m.reply_to
                 WHERE m.id = outbox.message_id AND relayed.bot_id = outbox.bot_id
                 AND relayed.chat_id = outbox.chat_id AND is_first) AS replied_id
-        FROM outbox WHERE bot_id = ? AND chat_id = ? AND given_up_at IS NULL
-        ORDER BY id LIMIT 1
+        FROM outbox WHERE bot_id = ? AND chat_id = ? ORDER BY id LIMIT 1
         """,
         bot_id,
         chat_id,
@@ -1586,12 +1571,7 @@ def count_waiting(db, bot_id):
 
     In seconds since 1970.
     """
-    return db.one(
-        """
-        SELECT count(*), min(queued_at) FROM outbox WHERE bot_id = ? AND given_up_at IS NULL
-        """,
-        bot_id,
-    )
+    return db.one("SELECT count(*), min(queued_at) FROM outbox WHERE bot_id = ?", bot_id)
 
 
 # Was an earlier part of a text given up, the copy has failed, and stays so.
@@ -1633,21 +1613,18 @@ def settle_later(db, delivery, pause, error, is_missing):
     )
 
 
-def set_given_up(db, reason, ids):
-    """These deliveries are never sent, and keep the reason.
+def delete_deliveries(db, ids):
+    """Let these never be sent. Returns what they were.
 
     (message id, whether it was the sender's own copy, what it was in words) of each.
     """
     return db.run(
         """
-        UPDATE outbox SET given_up_at = ?, error = ?
-        WHERE given_up_at IS NULL AND id IN (SELECT value FROM json_each(?))
+        DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))
         RETURNING message_id, is_own_copy, coalesce((
             SELECT printf('message %d from user %d to user %d', id, sender_id, recipient_id)
             FROM messages WHERE id = message_id), 'an answer of the bot')
         """,
-        iso(now()),
-        reason,
         ids,
     ).fetchall()
 
@@ -1944,12 +1921,14 @@ def unlink_chat(db, chat, reason):
 
 def give_up(db, reason, ids):
     """These deliveries are never sent. Their messages show that, and who sent them is told."""
-    rows = set_given_up(db, reason, ids)
+    rows = [row for some in portions(ids) for row in delete_deliveries(db, some)]
     if rows:
         named = ", ".join(dict.fromkeys(what for _, _, what in rows[:10]))
         log.warning(f"{len(rows)} deliveries given up ({reason}): {named}")
     message_ids = [message_id for message_id, is_own_copy, _ in rows if not is_own_copy]
-    undelivered = Counter(map(tuple, fail_messages(db, message_ids, reason)))
+    undelivered = Counter()
+    for some in portions(message_ids):
+        undelivered.update(map(tuple, fail_messages(db, some, reason)))
     for (sender_id, recipient_id), count in undelivered.items():
         sentence = NOT_DELIVERED.format(count=count, **find_user(db, recipient_id))
         queue_text(db, find_chat(db, sender_id), sentence)

@@ -140,32 +140,30 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 CREATE INDEX IF NOT EXISTS idempotency_keys_by_age ON idempotency_keys (used_at);
 
 -- Everything the bot is still to say, a row for each Telegram message; within a chat it goes out in the order of id.
--- Sent rows are deleted, given-up ones stay with their reason for 90 days.
+-- What was sent or given up is deleted.
 CREATE TABLE IF NOT EXISTS outbox (
-    id          INTEGER PRIMARY KEY,
-    bot_id      INTEGER NOT NULL,
-    chat_id     INTEGER NOT NULL,
-    text        TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
-    message_id  INTEGER REFERENCES messages,       -- that this is a copy of (a part of it); NULL: an answer of the bot
-    is_own_copy INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
-    is_last     INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),  -- of the parts of that copy
-    silent      INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),   -- Telegram's disable_notification
-    queued_at   REAL NOT NULL,
-    attempts    INTEGER NOT NULL DEFAULT 0,        -- that failed
-    due_at      REAL NOT NULL DEFAULT 0,           -- after a failed attempt: not before
-    error       TEXT,                              -- of the last attempt, or why it was given up
-    given_up_at TEXT,                              -- NULL: still to be sent
-    thread_id   INTEGER,                           -- the topic of a forum group that it is for; else NULL
-    pause       REAL NOT NULL DEFAULT 0,           -- seconds from the last attempt to due_at: the clock may be set back
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: what is being sent may have been given up
+    bot_id        INTEGER NOT NULL,
+    chat_id       INTEGER NOT NULL,
+    text          TEXT NOT NULL CHECK (length(text) BETWEEN 1 AND 4096),  -- code points, Telegram's limit
+    message_id    INTEGER REFERENCES messages,     -- that this is a copy of (a part of it); NULL: an answer of the bot
+    is_own_copy   INTEGER NOT NULL DEFAULT 0 CHECK (is_own_copy IN (0, 1)),  -- for the sender of a message to somebody else
+    is_first      INTEGER NOT NULL DEFAULT 1 CHECK (is_first IN (0, 1)),  -- of the parts of that copy
+    is_last       INTEGER NOT NULL DEFAULT 1 CHECK (is_last IN (0, 1)),
+    silent        INTEGER NOT NULL DEFAULT 0 CHECK (silent IN (0, 1)),  -- Telegram's disable_notification
+    queued_at     REAL NOT NULL,
+    attempts      INTEGER NOT NULL DEFAULT 0,      -- that failed
+    due_at        REAL NOT NULL DEFAULT 0,         -- after a failed attempt: not before
+    pause         REAL NOT NULL DEFAULT 0,         -- seconds from the last attempt to due_at: the clock may be set back
+    error         TEXT,                            -- of the last attempt
     failing_since REAL,                            -- the first failed attempt
     missing_since REAL,                            -- of the last attempts, the first that was told: chat not found
-    is_first    INTEGER NOT NULL DEFAULT 1 CHECK (is_first IN (0, 1))  -- of the parts of that copy
+    thread_id     INTEGER                          -- the topic of a forum group that it is for; else NULL
 ) STRICT;
-CREATE INDEX IF NOT EXISTS outbox_queue ON outbox (bot_id, chat_id, id) WHERE given_up_at IS NULL;
-CREATE INDEX IF NOT EXISTS outbox_given_up ON outbox (given_up_at) WHERE given_up_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS outbox_queue ON outbox (bot_id, chat_id, id);
 CREATE INDEX IF NOT EXISTS outbox_by_message ON outbox (message_id) WHERE message_id IS NOT NULL;
 
--- Which message stands behind what the bot said in a chat, so that a reply to it finds its author: for 90 days.
+-- Which message stands behind what the bot said in a chat, so that a reply to it finds its author.
 CREATE TABLE IF NOT EXISTS relayed (
     bot_id              INTEGER NOT NULL,
     chat_id             INTEGER NOT NULL,

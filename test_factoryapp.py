@@ -1500,41 +1500,26 @@ def test_old_messages_go_unless_they_are_queued_and_take_along_what_stands_on_th
     check_database(factoryapp.settings.db)
 
 
-@pytest.mark.parametrize("rows", [2, 50])
-def test_what_was_given_up_or_relayed_is_forgotten_after_90_days(
-    http, telegram, bot_api, clock, monkeypatch, pair, rows
-):
-    monkeypatch.setattr(factoryapp, "PORTION_ROWS", rows)
-    for text in ("one", "two", "three"):
-        bot_api.failures[8].append(TOO_LONG)
-        post(http, pair[0], text, recipient="bob")
-    deliver_all(telegram)
-    messages = list_messages(http, pair[0])
-    bot_api.failures[9].append(too_many_requests(10_000_000))
-    queue(9)
-    before = [count(table) for table in ("outbox", "relayed")]
-    clock.move(90 * 86_400 - 1)
-    assert forget(0, monkeypatch) <= 3600
-    assert [count(table) for table in ("outbox", "relayed")] == before == [4, 3]
-    clock.move(2)
-    alice = log_in(http, "alice")
-    post(http, alice, "young", recipient="bob")
-    deliver_all(telegram)
-    forget(0, monkeypatch)
-    assert [count(table) for table in ("outbox", "relayed")] == [1, 2]
-    assert list_messages(http, alice)[:3] == messages and messages[0]["failure"]
-
-
 def test_reply_to_what_was_forgotten_goes_to_who_is_named_there_and_is_linked_to_nothing(
     http, telegram, bot_api, clock, monkeypatch, pair
 ):
     post(http, pair[0], "old", recipient="bob")
     deliver_all(telegram)
     [old] = copies(bot_api, 8, "old")
-    clock.move(90 * 86_400 + 1)
+    clock.move(86_400 + 1)
+    forget(1, monkeypatch)
+    say(telegram, bot_api, 8, "ответ", reply_to=old)
+    assert links(http, log_in(http, "bob")) == [("bob", "alice", "ответ", None)]
+
+
+def test_reply_finds_its_message_years_later(http, telegram, bot_api, clock, monkeypatch, pair):
+    post(http, pair[0], "old", recipient="bob")
+    deliver_all(telegram)
+    [old] = copies(bot_api, 8, "old")
+    clock.move(1000 * 86_400)
     forget(0, monkeypatch)
     say(telegram, bot_api, 8, "ответ", reply_to=old)
-    assert links(http, log_in(http, "bob"))[1:] == [("bob", "alice", "ответ", None)]
+    assert links(http, log_in(http, "bob"))[1:] == [("bob", "alice", "ответ", 1)]
 
 
 def test_what_is_old_is_searched_for_each_hour(http, clock, monkeypatch):
@@ -2464,14 +2449,11 @@ def test_chat_that_is_gone_is_unlinked_and_its_queue_given_up(http, telegram, bo
     post(http, linked, "two")
     deliver_all(telegram)
     assert bot_api.sent == []
-    assert [m["delivery"] for m in list_messages(http, linked)] == ["failed", "failed"]
+    messages = list_messages(http, linked)
+    assert [m["delivery"] for m in messages] == ["failed", "failed"]
+    assert [m["failure"] for m in messages] == [f"403 {why}"] * 2
     assert post(http, linked, "three")["delivery"] == "unlinked"
-    reasons = (
-        factoryapp.connection()
-        .execute("SELECT error FROM outbox WHERE given_up_at IS NOT NULL")
-        .fetchall()
-    )
-    assert [row["error"] for row in reasons] == [f"403 {why}"] * 2
+    assert count("outbox") == 0
 
 
 CHAT_NOT_FOUND_TOO = {"error_code": 400, "description": "Bad Request: Chat not found"}
@@ -2553,12 +2535,10 @@ def test_delivery_that_fails_while_others_pass_is_given_up_after_20_failures_and
         clock.move(pause)
         assert bot_api.texts(7) == []
         deliver_all(telegram)
-        given_up = factoryapp.connection().one("SELECT count(*) FROM outbox WHERE given_up_at > ''")
-        assert given_up[0] == (seconds >= given_up_after), seconds
-    deliveries = [m["delivery"] for m in list_messages(http, log_in(http, "alice"))]
-    assert deliveries == ["failed", "sent"]
-    rows = factoryapp.connection().execute("SELECT error FROM outbox WHERE given_up_at > ''")
-    assert [row["error"] for row in rows] == [reason]
+        message = list_messages(http, log_in(http, "alice"))[0]
+        assert (message["delivery"] == "failed") == (seconds >= given_up_after), seconds
+    one, two = list_messages(http, log_in(http, "alice"))
+    assert (one["delivery"], one["failure"], two["delivery"]) == ("failed", reason, "sent")
     assert any("Не доставлено" in text for text in bot_api.texts(7))
 
 
@@ -2597,7 +2577,7 @@ def test_delivery_that_fails_while_no_other_passes_is_not_given_up(
 
 
 def test_delivery_given_up_is_no_evidence_against_another(
-    http, telegram, bot_api, clock, monkeypatch
+    http, telegram, bot_api, clock, monkeypatch, caplog
 ):
     monkeypatch.setattr(factoryapp, "backoff", lambda attempts, longest: 300)
     bot_api.failures[7].extend([OOPS] * 30)
@@ -2608,8 +2588,8 @@ def test_delivery_given_up_is_no_evidence_against_another(
         deliver_all(telegram)
         clock.move(50)
     assert (tries(bot_api, 7), tries(bot_api, 8)) == (21, 20)
-    rows = factoryapp.connection().execute("SELECT chat_id FROM outbox WHERE given_up_at > ''")
-    assert [row["chat_id"] for row in rows] == [7]
+    assert factoryapp.connection().list("SELECT chat_id FROM outbox") == [8]
+    assert len(given_up_lines(caplog)) == 1
 
 
 @alone_and_crowded
@@ -2853,6 +2833,27 @@ def test_chat_that_is_left_with_much_is_gone_at_once_and_its_senders_are_told_on
     assert [text for text in bot_api.texts(7) if "Не доставлено" in text] == [
         factoryapp.NOT_DELIVERED.format(username="bob", count=5)
     ]
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_much_is_given_up_or_moved_in_statements_that_fit_into_memory(
+    http, telegram, bot_api, monkeypatch, much, is_moved
+):
+    lengths, real = [], factoryapp.Connection.run
+
+    def run(db, sql, *values, **named):
+        lengths.extend(len(value) for value in values if isinstance(value, list))
+        return real(db, sql, *values, **named)
+
+    monkeypatch.setattr(factoryapp, "PORTION_ROWS", 2)
+    monkeypatch.setattr(factoryapp.Connection, "run", run)
+    if is_moved:
+        link_chat(http, telegram, bot_api, much[1], 9)
+    else:
+        unlink(http, telegram, bot_api, much[1])
+    assert sorted(lengths) == sorted([2, 2, 1] * (1 if is_moved else 2))
+    deliver_all(telegram)
+    assert numbers(bot_api, 8) == [] and numbers(bot_api, 9) == [*range(5)][: 5 * is_moved]
 
 
 def test_chat_that_was_left_and_is_linked_again_gets_what_is_new_and_nothing_old(
