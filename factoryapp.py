@@ -445,7 +445,6 @@ class Turns:
             self.due = set()  # the chats that have one
             self.busy = {}  # chats that somebody is sending to: back_at as that began
             self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
-            self.held = []  # ids of messages of which nothing is to be sent now
             self.queued = set()  # busy chats that something was queued for meanwhile
             self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # of the latest sends
             # In seconds since 1970: the last send that did not fail, the last hurry().
@@ -507,35 +506,23 @@ class Turns:
         return None
 
     def claim(self, chat_id, delivery):
-        """Reserve a delivery for the sender that has this chat's turn.
+        """Note which delivery the sender that has this chat's turn is about to send.
 
-        Returns False if another sender has it in flight (the account moved to another chat), or if
-        its message is held.
+        Returns False if another sender has it in flight: the account moved to another chat.
         """
         with self.changed:
-            sent = [row["id"] for row in self.sending.values()]
-            if delivery["id"] in sent or delivery["message_id"] in self.held:
+            if delivery["id"] in [row["id"] for row in self.sending.values()]:
                 return False
             self.sending[chat_id] = delivery
             return True
 
-    def hold(self, message_id):
-        """Let nothing of a message be sent until release().
-
-        Returns False if its recipient's copy is being sent already.
-        """
+    def is_sending(self, message_id):
+        """Return whether the recipient's copy of a message is being sent."""
         with self.changed:
-            self.held.append(message_id)
-            return all(
-                row["message_id"] != message_id or row["is_own_copy"]
+            return any(
+                row["message_id"] == message_id and not row["is_own_copy"]
                 for row in self.sending.values()
             )
-
-    def release(self, message_ids):
-        """Take back a hold of each of these messages."""
-        with self.changed:
-            for message_id in message_ids:
-                self.held.remove(message_id)
 
     def give_back(self, chat_id, again):
         """The sender is done with the chat. `again` is None when all is said."""
@@ -612,7 +599,6 @@ class Connection(sqlite3.Connection):
     """A thread's connection, with what its transaction has to remember until the commit."""
 
     queued_for: set  # (bot id, chat id) of the chats that something was queued for
-    held: list  # ids of the messages of which nothing is to be sent until its end
 
     def wait_for_others(self, seconds):
         """From now on wait so long for other processes."""
@@ -719,7 +705,7 @@ def transaction():
         with savepoint(db):
             yield db
         return
-    db.queued_for, db.held = set(), []
+    db.queued_for = set()
     ends_at = ticks() + patience()
     if not write_lock.acquire(timeout=patience()):
         raise sqlite3.OperationalError("other threads write for too long")
@@ -734,7 +720,6 @@ def transaction():
         if db.in_transaction:
             db.execute("ROLLBACK")
         write_lock.release()
-        turns.release(db.held)
     for bot_id, chat_id in db.queued_for:
         turns.wake(bot_id, chat_id)
     news.is_new = True
@@ -2023,11 +2008,12 @@ def handle_failure(home, delivery, reason, what_follows="later", retry_after=Non
 
 def deliver_head(home, chat_id):
     """Deliver what is next in a chat. Says when its turn comes again, None when all is said."""
-    if not (head := find_head(connection(), home.id, chat_id)):
-        return None
-    # It may have been cancelled before we claimed it.
-    if not turns.claim(chat_id, head) or find_head(connection(), home.id, chat_id) != head:
-        return Again(0.5, "failed")
+    # Who cancels a message has this lock until that is committed.
+    with write_lock:
+        if not (head := find_head(connection(), home.id, chat_id)):
+            return None
+        if not turns.claim(chat_id, head):
+            return Again(0.5, "failed")
     if again := deliver(home, head):
         return again
     return Again(0, "early") if find_head(connection(), home.id, chat_id) else None
@@ -4468,8 +4454,7 @@ def cancel(user, message_id):
             raise refusal(403, "Only its sender can cancel a message.")
         if delete_scheduled(db, message_id):
             return message | {"delivery": "cancelled"}
-        db.held.append(message_id)
-        if not turns.hold(message_id) or not cancel_message(db, message_id):
+        if turns.is_sending(message_id) or not cancel_message(db, message_id):
             raise refusal(409, "Only what is queued, and not on its way yet, can be cancelled.")
         return find_message(db, message_id, user["id"])
 

@@ -6943,7 +6943,7 @@ def test_nothing_of_a_message_is_sent_between_its_cancelling_and_the_commit(
     def send_first(db):
         sender = threading.Thread(target=deliver_next, args=(telegram,))
         sender.start()
-        sender.join(1)
+        sender.join(0.2)
         real(db)
 
     post(http, pair[0], "text", recipient="bob")
@@ -7063,35 +7063,28 @@ def test_message_is_cancelled_while_its_own_copy_is_in_flight_and_no_other_is_lo
     assert deliveries == ["cancelled", "sent"]
 
 
-@pytest.mark.parametrize("chat_id, sent", [(7, []), (8, [7])])
-def test_message_that_a_sender_was_about_to_send_is_not_sent_once_it_is_cancelled(
-    http, telegram, bot_api, monkeypatch, pair, chat_id, sent
+@pytest.mark.parametrize(
+    "chat_id, status, sent", [(7, 200, [7]), (8, 409, [7, 8])], ids=["own copy", "copy"]
+)
+def test_cancelling_waits_for_a_sender_that_is_about_to_send(
+    http, telegram, bot_api, monkeypatch, pair, chat_id, status, sent
 ):
-    real, statuses = factoryapp.turns.claim, []
+    real, statuses, cancelling = factoryapp.find_head, [], []
 
-    def claim(chat, delivery):
-        if chat == chat_id and not statuses:
-            statuses.append(cancel(http, pair[0]))
-        return real(chat, delivery)
+    def find_head(db, bot_id, chat):
+        head = real(db, bot_id, chat)
+        if chat == chat_id and not cancelling:
+            act = lambda: statuses.append(cancel(http, pair[0]))  # noqa: E731
+            cancelling.append(factoryapp.start_thread("cancelling", act))
+            cancelling[0].join(0.2)
+            assert statuses == []
+        return head
 
-    monkeypatch.setattr(factoryapp.turns, "claim", claim)
+    monkeypatch.setattr(factoryapp, "find_head", find_head)
+    during_send(bot_api, chat_id, lambda: cancelling[0].join(5))
     post(http, pair[0], "text", recipient="bob")
     deliver_all(telegram)
-    assert statuses == [200] and [chat for chat, _ in bot_api.sent] == sent
-
-
-def test_nothing_of_a_message_is_sent_while_it_is_being_cancelled(
-    http, telegram, bot_api, monkeypatch, pair
-):
-    real = factoryapp.cancel_message
-
-    def deliver_meanwhile(*args):
-        deliver_all(telegram)
-        return real(*args)
-
-    monkeypatch.setattr(factoryapp, "cancel_message", deliver_meanwhile)
-    post(http, pair[0], "text", recipient="bob")
-    assert cancel(http, pair[0]) == 200 and bot_api.attempts[2:] == []
+    assert statuses == [status] and sorted(chat for chat, _ in bot_api.sent) == sent
 
 
 def test_health_tells_the_bot_and_the_queue(http, telegram, bot_api, clock, linked):
