@@ -157,8 +157,9 @@ MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
 # Messages that wait: a queue is moved or given up in one transaction.
-MAX_QUEUED = 2000  # of one person to another
-MAX_QUEUED_TO_ONESELF = 50_000
+MAX_QUEUED = 2000  # of one person to another, and as many scheduled
+MAX_QUEUED_TO_ONESELF = 50_000  # before one of at most SHORT_TEXT
+SHORT_TEXT = 1000  # code points
 QUEUE_FULL_SECONDS = 60  # until their sender may try again
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
@@ -1337,24 +1338,20 @@ def list_rows(db, listing, page):
     return rows.execute(listing.rows, page)
 
 
-def is_queue_full(db, sender_id, recipient_id):
-    """Return whether as many messages of one to the other wait, queued or scheduled, as may."""
+def has_waiting(db, sender_id, recipient_id, most, is_scheduled):
+    """Return whether so many messages of one to the other are scheduled, else whether queued."""
+    waiting = "scheduled WHERE" if is_scheduled else "messages WHERE delivery = 'queued' AND"
+    waiting += " sender_id = :sender AND recipient_id = :recipient"
     last = db.one(
-        """
-        SELECT 1 FROM (
-            SELECT min(id) AS first FROM messages
-            WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued')
-        CROSS JOIN messages
-        WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued'
+        f"""
+        SELECT 1 FROM (SELECT min(id) AS first FROM {waiting}) CROSS JOIN {waiting}
             -- They are counted only if as many ids have been given since the first of them.
-            AND first + :last <= (SELECT max(id) FROM messages)
-        UNION ALL
-        SELECT 1 FROM scheduled WHERE sender_id = :sender AND recipient_id = :recipient
+            AND first + :last <= (SELECT seq FROM sqlite_sequence WHERE name = 'messages')
         LIMIT 1 OFFSET :last
         """,
         sender=sender_id,
         recipient=recipient_id,
-        last=(MAX_QUEUED_TO_ONESELF if sender_id == recipient_id else MAX_QUEUED) - 1,
+        last=most - 1,
     )
     return last is not None
 
@@ -1878,16 +1875,18 @@ def without_text(error):
     return type(error), None, error.__traceback__
 
 
-def wait_to_send(db, sender, recipients):
+def wait_to_send(db, sender, recipients, text, is_scheduled=False):
     """Count a message to each. Returns 0, or the seconds to wait: then none was counted."""
-    if any(is_queue_full(db, sender["id"], to["id"]) for to in recipients):
-        return QUEUE_FULL_SECONDS
-    limits = {
-        (sender["id"], to["id"]): MESSAGES_TO_ANOTHER
-        for to in recipients
-        if to["id"] != sender["id"]
-    }
-    return message_limiter.try_once(limits) if limits else 0
+    limits = {}
+    for to in recipients:
+        ids, most = (sender["id"], to["id"]), MAX_QUEUED
+        if sender["id"] != to["id"]:
+            limits[ids] = MESSAGES_TO_ANOTHER
+        elif len(text) <= SHORT_TEXT and not is_scheduled:
+            most = MAX_QUEUED_TO_ONESELF
+        if has_waiting(db, *ids, most, is_scheduled):
+            return QUEUE_FULL_SECONDS
+    return message_limiter.try_once(limits)
 
 
 def link_chat(db, chat, user_id, token):
@@ -2230,7 +2229,7 @@ def note(db, heard, user):
     recipient, reply_to = find_addressee(db, heard, user)
     if not recipient:
         return UNKNOWN_REPLY if heard.number is None else NO_SUCH_NUMBER
-    if wait := wait_to_send(db, user, [recipient]):
+    if wait := wait_to_send(db, user, [recipient], heard.shown):
         return TOO_FAST.format(seconds=wait, **recipient)
     _, delivery = relay(db, user, recipient, heard.shown, "telegram", reply_to=reply_to)
     if delivery == "unlinked":
@@ -2282,7 +2281,7 @@ def press(db, heard):
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
     if not choice or not choice["text"]:
         return TOO_LATE
-    if wait := wait_to_send(db, user, [choice]):
+    if wait := wait_to_send(db, user, [choice], choice["text"]):
         return TOO_FAST.format(seconds=wait, **choice)
     message_id = int(numbers[1])
     set_chosen(db, message_id)
@@ -4325,9 +4324,10 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
             return replay(request_hash, earlier)
         reply_to = reply_to and find_new_id(db, reply_to, user["id"])
         recipients = find_recipients(db, user, recipient, reply_to)
-        refuse_for(wait_to_send(db, user, recipients))
+        is_scheduled = send_at and send_at > now()
+        refuse_for(wait_to_send(db, user, recipients, text, is_scheduled))
         message = {"text": text, "silent": bool(silent), "reply_to": reply_to, "choices": choices}
-        if send_at and send_at > now():
+        if is_scheduled:
             message |= {"sender_id": user["id"], "send_at": send_at}
             ids = [add_scheduled(db, recipient_id=to["id"], **message) for to in recipients]
         else:

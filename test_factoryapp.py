@@ -2117,21 +2117,19 @@ def test_scheduled_message_goes_to_the_chat_that_is_linked_when_it_is_due(
     assert message["delivery"] == ("sent" if linked_since else "unlinked")
 
 
-def test_scheduled_messages_count_as_queued_for_their_recipient(http, clock, monkeypatch, pair):
+def test_as_many_may_be_scheduled_as_may_be_queued(http, clock, monkeypatch, pair):
     monkeypatch.setattr(factoryapp, "MAX_QUEUED", 2)
     alice, bob = pair
     later = {"send_at": factoryapp.iso(clock.seconds + 60), "recipient": "bob", "text": "text"}
-    statuses = [
-        http.post_json("/api/messages/", sent, headers=alice, status="*").status_int
-        for sent in [later] * 3
-    ]
-    assert statuses == [201, 201, 429]
-    assert post_statuses(http, alice, 1, "bob") == [429]
-    schedule(http, bob, recipient="alice")
-    post(http, alice, "to oneself")
-    clock.move(60)
-    assert factoryapp.publish_due()
-    assert post_statuses(http, alice, 1, "bob") == [429]
+    for sender, recipient in ((alice, "bob"), (alice, "alice"), (bob, "alice")):
+        sent = {**later, "recipient": recipient}
+        statuses = [
+            http.post_json("/api/messages/", sent, headers=sender, status="*").status_int
+            for _ in range(3)
+        ]
+        assert statuses == [201, 201, 429]
+        # They do not count for each other.
+        assert post_statuses(http, sender, 1, recipient) == [201]
 
 
 def test_much_that_is_due_is_published_in_portions(http, clock, monkeypatch, pair):
@@ -2732,6 +2730,16 @@ def test_one_may_have_more_wait_for_oneself_than_for_others(
         deliver_all(telegram)
         clock.move(10)
         deliver_all(telegram)
+
+
+def test_long_texts_to_oneself_count_as_those_to_others(http, monkeypatch, linked):
+    monkeypatch.setattr(factoryapp, "MAX_QUEUED", 2)
+    statuses = []
+    for length in (1000, 1001, 1001, 1000, 1000):
+        sent = {"text": "ы" * length}
+        answer = http.post_json("/api/messages/", sent, headers=linked, status="*")
+        statuses.append(answer.status_int)
+    assert statuses == [201, 201, 429, 201, 201]
 
 
 def test_memory_for_paces_is_bounded(http, monkeypatch):
