@@ -3218,6 +3218,24 @@ def leave_round(pool):
         raise Elsewhere(pool)
 
 
+def call(route, user, values):
+    return route(user, **values) if user else route(**values)
+
+
+def run(said, route, values):
+    """Sign in, read what was sent, and call the route. Returns what it returns."""
+    user = said.sign_in()
+    if said.query:
+        values |= read_fields(said.query, request.query)
+    if said.body:
+        values |= read_fields(said.body, read_body(said), user)
+    if local.answer.pool != "patient":
+        return call(route, user, values)
+    # As in a round: what the request signed in with may have ended while it waited for others.
+    with transaction():
+        return call(route, said.sign_in(), values)
+
+
 def serve_declared(route):
     """Bottle plugin: what a route declares, in the original's order; then the route itself.
 
@@ -3231,12 +3249,7 @@ def serve_declared(route):
         elif local.answer.pool == NO_ROUND or (said.body and is_slow_to_read()):
             leave_round("patient")
         try:
-            user = said.sign_in()
-            if said.query:
-                values |= read_fields(said.query, request.query)
-            if said.body:
-                values |= read_fields(said.body, read_body(said), user)
-            body = route(user, **values) if user else route(**values)
+            body = run(said, route, values)
         except HTTPResponse:
             raise
         except Exception as error:

@@ -8273,6 +8273,40 @@ def test_who_asks_behind_another_request_whether_to_continue_is_told_after_its_a
     assert statuses(answer) == [status, 100, 201]
 
 
+TOMORROW = factoryapp.iso(time.time() + 86_400)
+
+
+@pytest.mark.parametrize(
+    "method, path, sent",
+    [
+        ("GET", "/api/users/get-telegram-token/", None),
+        ("POST", "/api/users/keys/", {"name": "cron"}),
+        ("POST", "/api/messages/", {"text": "later", "send_at": TOMORROW}),
+        ("POST", "/api/messages/", {"text": "text", "recipient": ["alice"]}),
+    ],
+)
+def test_request_that_waits_while_its_password_changes_stores_nothing(
+    http, monkeypatch, method, path, sent
+):
+    headers, signed_in, real = join(http, "alice"), [], factoryapp.sign_in
+
+    def noted():
+        user = real()
+        signed_in.append(factoryapp.local.answer.pool)
+        return user
+
+    monkeypatch.setattr(factoryapp, "sign_in", noted)
+    body = json.dumps(sent).encode() if sent else b""
+    with socket.create_connection(http.address, timeout=5) as sock:
+        with factoryapp.transaction() as db:
+            sock.sendall(raw(method, path, {**headers, "Connection": "close"}, body))
+            serve_until(http, lambda: "patient" in signed_in)
+            factoryapp.set_password(db, 1, *db.one("SELECT password, 'new' FROM users"))
+        assert statuses(take_all(sock)) == [401]
+    tables = "link_tokens", "api_keys", "scheduled", "messages"
+    assert [count(table) for table in tables] == [0, 0, 0, 0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
 def test_addresses_take_turns_in_a_pool_whatever_one_of_them_asks(http, monkeypatch):
     may_hash, order = threading.Event(), []
