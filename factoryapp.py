@@ -4838,7 +4838,7 @@ class Channel(wasyncore.dispatcher):
     def readable(self):
         if self.answer:
             # A waiting client is read as well, or nobody would notice that it left.
-            return self.answer in self.server.waiting and len(self.unread) < self.adj.recv_bytes
+            return self.waits() and len(self.unread) < self.adj.recv_bytes
         return not (self.unread or self.unsent)
 
     def writable(self):
@@ -4918,17 +4918,18 @@ class Channel(wasyncore.dispatcher):
     # Urgent data is no HTTP, and poll() would tell of it again and again.
     handle_expt = handle_close
 
-    def is_sending(self):
-        """Return whether its client reads an answer, maybe one whose next piece we make."""
-        return self.unsent or (self.answer and self.answer.pieces)
+    def waits(self):
+        """Return whether its client waits for news."""
+        return self.answer in self.server.waiting
 
     def has_held_on(self, at):
         """Return for how many seconds, as far as that counts when others need its place.
 
-        A client that has just connected makes room last, one that reads an answer has some time.
+        A client that has just connected makes room last, one that is answered has some time.
         """
         seconds = at - self.since
-        return seconds - (ANSWER_SECONDS if self.is_sending() or seconds < 1 else 0)
+        is_answered = self.unsent or (self.answer and not self.waits())
+        return seconds - (ANSWER_SECONDS if is_answered or seconds < 1 else 0)
 
 
 class FairQueue(queue.Queue):
@@ -5035,6 +5036,7 @@ class Server(TcpWSGIServer):
         wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
         while self.made:
             self.made.popleft().asker.let_go()
+        self.let_in()
 
     def bound_unsent(self):
         """Close the channel with most to be sent, if there is too much to be sent in all."""
@@ -5087,7 +5089,7 @@ class Server(TcpWSGIServer):
     def serve_round(self):
         """Serve all that arrived: reads, then all that may write in one transaction."""
         readers, writers = [], deque()
-        for _ in range(len(self.arrived)):
+        while self.arrived:
             answer = self.arrived.popleft()
             is_reader = answer.request.command in ("GET", "HEAD", "OPTIONS")
             (readers if is_reader else writers).append(answer)
@@ -5137,26 +5139,39 @@ class Server(TcpWSGIServer):
                 channel.handle_close()
 
     def find_longest(self):
-        """Return the channel to close so that a client can connect, None if all wait for us."""
-        at = time.monotonic()
-        holding = [
-            channel
-            for channel in self.channels
-            if channel.is_sending() or channel.unread or not channel.answer
-        ]
-        return max(holding, key=lambda channel: channel.has_held_on(at), default=None)
+        """Return the channel whose place another client gets: the one that has held on for longest.
+
+        It is one of an address that has half of all or more, if there is one. None if all wait
+        for news.
+        """
+        at, half = time.monotonic(), len(self.channels) / 2
+        counts = Counter(channel.addr[0] for channel in self.channels)
+        return max(
+            (channel for channel in self.channels if channel.unread or not channel.waits()),
+            key=lambda channel: (counts[channel.addr[0]] >= half, channel.has_held_on(at)),
+            default=None,
+        )
 
     def readable(self):
         return len(self.channels) < settings.connections or bool(self.find_longest())
 
     def handle_accept(self):
-        """Let a client connect. If all connections are in use, another makes room for it."""
-        if len(self.channels) < settings.connections:
-            super().handle_accept()
-        elif longest := self.find_longest():
-            # Only close here and accept at the next poll(): a socket accepted now could get the
-            # closed one's descriptor, and with it the events that this poll() found for that.
-            longest.handle_close()
+        """Leave it to let_in().
+
+        A socket accepted in the middle of wasyncore.loop() could get the descriptor of one that was
+        just closed, and with it the events that were found for that.
+        """
+
+    def let_in(self):
+        """Let some clients connect. While all connections are in use, each takes another's."""
+        for _ in range(1 + settings.connections // 4):
+            count = len(self.channels)
+            if self.readable():
+                super().handle_accept()
+            if len(self.channels) == count:
+                break
+            if count >= settings.connections:
+                self.find_longest().handle_close()
 
 
 # --- Main -----------------------------------------------------------------------------------------

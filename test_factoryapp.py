@@ -8107,6 +8107,66 @@ def test_who_is_let_in_for_another_that_has_just_sent_something_is_not_taken_for
             assert statuses(other.recv(65536)) == [404]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
+@pytest.mark.parametrize(
+    "others, answered",
+    [
+        ("login login", [[401], [], [401]]),  # the longest of who has most
+        ("login", [[], [401]]),
+        ("idle", [[401], []]),
+    ],
+)
+def test_who_waits_for_a_pool_makes_room_late_and_of_an_address_that_has_most_connections_first(
+    http, monkeypatch, pass_seconds, others, answered
+):
+    may_hash, hashing, real = threading.Event(), [], factoryapp.check_password
+
+    def check_when_told(*args):
+        hashing.append(args)
+        return may_hash.wait(10) and real(*args)
+
+    monkeypatch.setattr(factoryapp, "check_password", check_when_told)
+    login = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    socks = []
+    for kind in ["login", *others.split()]:
+        address = "127.0.0.1" if socks else "127.0.0.2"
+        socks.append(socket.create_connection(http.address, 5, (address, 0)))
+        if kind == "login":
+            socks[-1].sendall(raw("POST", "/auth/token/", {"Connection": "close"}, login))
+            while len(hashing) + http.server.pools["hashing"].qsize() < len(socks):
+                http.server.pull_trigger()
+        pass_seconds(2)
+    http.close()
+    while len(http.server.channels) > len(socks):
+        http.server.pull_trigger()
+    monkeypatch.setattr(factoryapp.settings, "connections", len(socks))
+    with socket.create_connection(http.address, 5, ("127.0.0.3", 0)) as other:
+        other.sendall(raw("GET", "/x", {"Connection": "close"}))
+        assert statuses(take_all(other)) == [404]
+    may_hash.set()
+    socks[-1].shutdown(socket.SHUT_WR)
+    assert [statuses(take_all(sock)) for sock in socks] == answered
+
+
+def test_all_who_want_to_connect_are_let_in_at_once(http, monkeypatch):
+    may_poll, poll, polls = threading.Event(), http.server.poll, []
+
+    def poll_when_told(*args):
+        polls.append(may_poll.wait(5))
+        poll(*args)
+
+    http.close()
+    monkeypatch.setattr(factoryapp.settings, "connections", 20)
+    monkeypatch.setattr(http.server, "poll", poll_when_told)
+    http.server.pull_trigger()
+    socks = [socket.create_connection(http.address, timeout=3) for _ in range(6)]
+    for sock in socks:
+        sock.sendall(raw("GET", "/x", {"Connection": "close"}))
+    may_poll.set()
+    assert [statuses(take_all(sock)) for sock in socks] == [[404]] * 6
+    assert len(polls) < 6
+
+
 def test_nobody_is_closed_for_another_while_all_wait_for_the_server(http, wait, monkeypatch):
     headers = join(http, "alice")
     parked = [wait(headers), wait(headers)]
