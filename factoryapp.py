@@ -1318,7 +1318,12 @@ OWN_ANSWERS = own_messages("""
     m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
     AND m.delivery = coalesce(:delivery, m.delivery)
     """)
-OWN_SCHEDULED = Listing(*map(of_scheduled, own_messages(SENT)))
+OWN_SCHEDULED = Listing(
+    *map(
+        of_scheduled,
+        own_messages(f"{SENT} AND ifnull(m.reply_to = :reply_to, :reply_to IS NULL)"),
+    )
+)
 
 
 def find_page_end(db, listing, page, order):
@@ -3795,10 +3800,10 @@ PAGING = {
 
 def answer_list(listing, user, **given):
     """A JSON array of a listing's rows, or of a page of them."""
-    given = {name: value for name, value in given.items() if value is not None}
-    page = {"user": user["id"], "after": 0, "before": MAX_ID, "delivery": None, **given}
-    if "limit" in given:
-        end_page(listing, page, given)
+    sent = {name: value for name, value in given.items() if value is not None}
+    page = {"user": user["id"], **given, "after": 0, "before": MAX_ID, **sent}
+    if "limit" in sent:
+        end_page(listing, page, sent)
     _, is_whole, piece = read_piece(listing, page, LIST_ROWS, LIST_BYTES)
     return b"[%s]" % piece if is_whole else stream_rows(listing, page)
 
@@ -4415,7 +4420,7 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
     if reply_to:
         listing, reply_to = OWN_ANSWERS, find_new_id(connection(), reply_to, user["id"])
-    elif delivery == "scheduled":
+    if delivery == "scheduled":
         listing = OWN_SCHEDULED
     answer_unchanged(user, wait)
     body = answer_list(listing, user, delivery=delivery, reply_to=reply_to, **page)

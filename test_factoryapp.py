@@ -2117,6 +2117,15 @@ def test_scheduled_message_goes_to_the_chat_that_is_linked_when_it_is_due(
     assert message["delivery"] == ("sent" if linked_since else "unlinked")
 
 
+def test_scheduled_answers_to_a_message_are_listed_by_their_delivery(http, clock, pair):
+    question = post(http, pair[0], "question", recipient="bob")["id"]
+    answer = schedule(http, pair[1], "answer", recipient="alice", reply_to=question)
+    schedule(http, pair[1], "other", recipient="alice")
+    path = f"/api/messages/?delivery=scheduled&reply_to={question}"
+    assert http.get(path, headers=pair[1]).json == [answer]
+    assert http.get(path + "0", headers=pair[1]).json == http.get(path, headers=pair[0]).json == []
+
+
 def test_as_many_may_be_scheduled_as_may_be_queued(http, clock, monkeypatch, pair):
     monkeypatch.setattr(factoryapp, "MAX_QUEUED", 2)
     alice, bob = pair
