@@ -98,7 +98,6 @@ CREATE TABLE IF NOT EXISTS messages (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
-CREATE INDEX IF NOT EXISTS messages_by_age ON messages (created_at);
 CREATE INDEX IF NOT EXISTS messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS messages_by_scheduled_id ON messages (scheduled_id) WHERE scheduled_id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS messages_queued ON messages (sender_id, recipient_id) WHERE delivery = 'queued';
@@ -180,7 +179,9 @@ CREATE TRIGGER IF NOT EXISTS messages_deleting BEFORE DELETE ON messages BEGIN
 -- users.changes: an ETag is made of it, and a waiting request waits until it is raised. So it counts, in the same transaction
 -- and whoever writes, all that changes what a user's lists show, or who may read them.
 CREATE TRIGGER IF NOT EXISTS messages_added AFTER INSERT ON messages BEGIN
-    UPDATE users SET changes = changes + 1 WHERE id IN (NEW.sender_id, NEW.recipient_id); END;
+    -- By IN, as below, it takes twice as long.
+    UPDATE users SET changes = changes + 1 WHERE id = NEW.sender_id; UPDATE users SET changes = changes + 1
+    WHERE id = NEW.recipient_id AND id <> NEW.sender_id; END;
 CREATE TRIGGER IF NOT EXISTS messages_changed AFTER UPDATE ON messages BEGIN
     UPDATE users SET changes = changes + 1 WHERE id IN (NEW.sender_id, NEW.recipient_id); END;
 CREATE TRIGGER IF NOT EXISTS messages_deleted AFTER DELETE ON messages BEGIN

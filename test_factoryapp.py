@@ -1500,6 +1500,16 @@ def test_old_messages_go_unless_they_are_queued_and_take_along_what_stands_on_th
     check_database(factoryapp.settings.db)
 
 
+def test_old_messages_that_wait_keep_none_behind_them(http, clock, monkeypatch, pair):
+    monkeypatch.setattr(factoryapp, "PORTION_ROWS", 2)
+    carol = join(http, "carol")
+    for headers in [pair[0]] * 3 + [carol] * 3:
+        post(http, headers, "a note to oneself")
+    clock.move(86_400 + 1)
+    forget(1, monkeypatch)
+    assert factoryapp.connection().list("SELECT id FROM messages") == [1, 2, 3]
+
+
 def test_reply_to_what_was_forgotten_goes_to_who_is_named_there_and_is_linked_to_nothing(
     http, telegram, bot_api, clock, monkeypatch, pair
 ):
@@ -8155,6 +8165,9 @@ def test_who_waits_for_a_pool_makes_room_late_and_of_an_address_that_has_most_co
     may_hash.set()
     socks[-1].shutdown(socket.SHUT_WR)
     assert [statuses(take_all(sock)) for sock in socks] == answered
+    # The one that was closed has a thread that is at it still.
+    while len(http.server.pools["hashing"].not_empty._waiters) < factoryapp.HASHES_AT_ONCE:
+        time.sleep(0.01)
 
 
 def test_all_who_want_to_connect_are_let_in_at_once(http, monkeypatch):
