@@ -319,7 +319,7 @@ HELP = f"""\
 UNKNOWN_COMMAND = f"Такой команды я не знаю.\n\n{HELP}"
 TOO_LONG = f"Это слишком длинно: я принимаю до {MAX_TEXT} символов."
 TEXT_ONLY = "Я читаю только текст."
-NO_CHAT = "Сообщение сохранено, но не доставлено: у пользователя {username} нет привязанного чата."
+NO_CHAT = "Сохранено: пользователь {username} увидит это через API, чата у него нет."
 EDITED = "Правок я не вижу: пришлите исправленное новым сообщением."
 UNKNOWN_REPLY = "Я не знаю, чьё это сообщение, поэтому никому ничего не передаю."
 PRIVATE_ONLY = "Привязать можно только личный чат: напишите мне лично."
@@ -1216,7 +1216,7 @@ SELECT_MESSAGE = """
 
 def of_scheduled(sql):
     """Return the same query, of scheduled messages."""
-    return sql.replace("messages AS m", "scheduled AS m").replace("queued", "scheduled")
+    return sql.replace("messages", "scheduled").replace("queued", "scheduled")
 
 
 FIND_MESSAGE = f"""
@@ -1295,14 +1295,17 @@ USERS = Listing(
 )
 
 
-def own_messages(*wheres):
-    """The user's messages, of which each of these is true of some.
+def own_messages(*parts):
+    """The user's messages of which any of these is true: (index, condition).
 
-    Each part comes in the order of its index, so that they are merged and never sorted.
+    Each part comes in the order of its index, so that they are merged and never sorted. The index
+    is named: newer versions of SQLite would take another, and read all of a user's messages.
     """
     ids, rows = (
         " UNION ALL ".join(
-            f"{select} WHERE {where} AND m.id > :after AND m.id < :before" for where in wheres
+            select.replace("AS m", f"AS m INDEXED BY messages_by_{index}", 1)
+            + f" WHERE {condition} AND m.id > :after AND m.id < :before"
+            for index, condition in parts
         )
         for select in ("SELECT m.id AS id FROM messages AS m", SELECT_MESSAGE)
     )
@@ -1311,18 +1314,24 @@ def own_messages(*wheres):
 
 SENT = "m.sender_id = :user"
 RECEIVED = "m.recipient_id = :user AND m.recipient_id <> m.sender_id"
-OWN_MESSAGES = own_messages(SENT, RECEIVED)
+OWN_MESSAGES = own_messages(("sender", SENT), ("recipient", RECEIVED))
 OWN_MESSAGES_BY_DELIVERY = own_messages(
-    f"{SENT} AND m.delivery = :delivery", f"{RECEIVED} AND m.delivery = :delivery"
+    ("sender_delivery", f"{SENT} AND m.delivery = :delivery"),
+    ("recipient_delivery", f"{RECEIVED} AND m.delivery = :delivery"),
 )
-OWN_ANSWERS = own_messages("""
-    m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
-    AND m.delivery = coalesce(:delivery, m.delivery)
-    """)
+OWN_ANSWERS = own_messages(
+    (
+        "reply",
+        """
+        m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
+        AND m.delivery = coalesce(:delivery, m.delivery)
+        """,
+    )
+)
 OWN_SCHEDULED = Listing(
     *map(
         of_scheduled,
-        own_messages(f"{SENT} AND coalesce(:reply_to, 0) IN (m.reply_to, 0)"),
+        own_messages(("sender", f"{SENT} AND coalesce(:reply_to, 0) IN (m.reply_to, 0)")),
     )
 )
 
