@@ -1011,6 +1011,18 @@ def find_user_by_name(db, username):
     return db.one(f"SELECT {USER} FROM users WHERE username = ?", username)
 
 
+def list_accounts(db):
+    """Return all accounts by name, in words: (name, id, since, bot, linked since, state)."""
+    return db.run(
+        """
+        SELECT username, users.id || '', created_at,
+            CASE bot_id WHEN 0 THEN 'terminal' ELSE ifnull(bot_id || '', '-') END,
+            ifnull(linked_at, '-'), iif(password LIKE '%$', 'disabled', 'active')
+        FROM users LEFT JOIN chats ON user_id = users.id ORDER BY username
+        """
+    ).fetchall()
+
+
 def set_password(db, user_id, old_hash, new_hash):
     """Change the password: every token and key ends. Returns False if it was changed before."""
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
@@ -5282,6 +5294,11 @@ def read_arguments(argv):
             type=account_name,
             help=f"{explanation}; starts no server, but one may run",
         )
+    administration.add_argument(
+        "--accounts",
+        action="store_true",
+        help="list the accounts: since when, linked to which bot since when, whether disabled",
+    )
     for name, default, pattern, explanation in (
         ("host", "127.0.0.1", ".+", "address to listen on (default 127.0.0.1)"),
         ("port", "8080", "[0-9]{1,5}", "port to listen on, 0 for any (default 8080)"),
@@ -5455,7 +5472,7 @@ def ask_password(name):
 def administer(name, password_hash):
     """Set the password of an account, which is made if need be, or disable it (None); in one line.
 
-    A server of our version may run meanwhile. Raises BadSetting.
+    A server of our version may run meanwhile. Raises BadSetting, sqlite3.Error.
     """
     log.setLevel(logging.ERROR)
     nobody = BadSetting(f"There is no account {name} in the database {settings.db}.")
@@ -5463,23 +5480,31 @@ def administer(name, password_hash):
     if not password_hash and not check_store():
         raise nobody
     open_store()
-    try:
-        with transaction() as db:
-            if user := find_user_by_name(db, name):
-                set_password(db, user["id"], user["password"], password_hash or nobodys_hash())
-            elif password_hash:
-                if add_user(db, name, password_hash) is None:
-                    raise BadSetting(f"There is an account {name} in another case already.")
-                done = "its account is made"
-            else:
-                raise nobody
-            if not password_hash:
-                delete_all_scheduled(db, user["id"])
-                if chat := find_chat(db, user["id"]):
-                    unlink_chat(db, chat, "the account was disabled")
-    except sqlite3.Error as error:
-        raise cannot_be_used(error) from None
+    with transaction() as db:
+        if user := find_user_by_name(db, name):
+            set_password(db, user["id"], user["password"], password_hash or nobodys_hash())
+        elif password_hash:
+            if add_user(db, name, password_hash) is None:
+                raise BadSetting(f"There is an account {name} in another case already.")
+            done = "its account is made"
+        else:
+            raise nobody
+        if not password_hash:
+            delete_all_scheduled(db, user["id"])
+            if chat := find_chat(db, user["id"]):
+                unlink_chat(db, chat, "the account was disabled")
     announce(f"{name}: {done}")
+
+
+def print_accounts():
+    """Print all accounts, as a table on a terminal, else in lines with tabs."""
+    with closing(connect("ro")) as db:
+        rows = list_accounts(db)
+    if sys.stdout.isatty():
+        rows.insert(0, ("name", "id", "since", "bot", "linked since", "state"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rows = [map(str.ljust, row, widths) for row in rows]
+    announce("\n".join(map("\t".join, rows)))
 
 
 def start_workers(home, stop):
@@ -5535,7 +5560,11 @@ def main(argv=None):
         check_sqlite()
         allow_files()
         arguments, home = read_settings(argv)
-        check_store()
+        version = check_store()
+        if arguments.accounts:
+            if version:
+                print_accounts()
+            return 0
         name = arguments.set_password or arguments.disable
         # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
         password_hash = ask_password(name) if arguments.set_password else None
@@ -5549,8 +5578,9 @@ def main(argv=None):
             return 0
         sock = listen(arguments.host, int(arguments.port))
         open_store()
-    except BadSetting as error:
-        print(f"factoryapp: {error}", file=sys.stderr)
+    except (BadSetting, sqlite3.Error) as error:
+        said = error if isinstance(error, BadSetting) else cannot_be_used(error)
+        print(f"factoryapp: {said}", file=sys.stderr)
         return 2
     serve(sock, home)
     lock.close()

@@ -9570,6 +9570,53 @@ def test_administration_of_a_database_that_others_hold_gives_up_in_a_sentence(
     log_in(http, "alice")
 
 
+def accounts(folder, *arguments, **options):
+    """What --accounts prints."""
+    command = [sys.executable, HERE / "factoryapp.py", "--db", folder / "factoryapp.db"]
+    return subprocess.run(
+        [*command, "--accounts", *arguments], capture_output=True, text=True, timeout=10, **options
+    )
+
+
+def test_accounts_are_listed_while_the_server_runs(start, tmp_path, monkeypatch):
+    assert accounts(tmp_path).stdout == "" and not (tmp_path / "factoryapp.db").exists()
+    program = start()
+    for name in ("carol", "alice", "Боб"):
+        register(program.http, name)
+    program.type(f"/start {link_token(program.http, log_in(program.http, 'alice'))}")
+    program.wait_for("успешно")
+    monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
+    with factoryapp.transaction() as db:
+        factoryapp.set_chat(db, (4242, 7), 1, "token")
+    assert factoryapp.main(["--db", factoryapp.settings.db, "--disable", "Боб"]) == 0
+    lines = [line.split("\t") for line in accounts(tmp_path).stdout.splitlines()]
+    assert [line[:2] + line[3:4] + line[5:] for line in lines] == [
+        ["alice", "2", "terminal", "active"],
+        ["carol", "1", "4242", "active"],
+        ["Боб", "3", "-", "disabled"],
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\S+Z", lines[0][2]) and lines[2][4] == "-"
+
+
+def test_accounts_are_a_table_on_a_terminal(http, capfd, monkeypatch):
+    register(http, "alice")
+    register(http, "bo")
+    monkeypatch.setattr(factoryapp.settings, "db", factoryapp.settings.db)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert factoryapp.main(["--db", factoryapp.settings.db, "--accounts"]) == 0
+    head, first, second = capfd.readouterr().out.splitlines()
+    assert head.split() == ["name", "id", "since", "bot", "linked", "since", "state"]
+    assert {line.index("20") for line in (first, second)} == {head.index("since")}
+
+
+@pytest.mark.parametrize("content", [b"", b"no database at all" * 100])
+def test_accounts_of_what_is_no_database_are_none_or_a_sentence(tmp_path, content):
+    (tmp_path / "factoryapp.db").write_bytes(content)
+    listed = accounts(tmp_path)
+    assert (listed.returncode, listed.stdout) == ((2 if content else 0), "")
+    assert ("cannot be used" in listed.stderr) == bool(content) and "Traceback" not in listed.stderr
+
+
 @contextmanager
 def password_prompt(folder):
     """--set-password alice in a terminal, which has asked already; the terminal and the process."""
