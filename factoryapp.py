@@ -38,6 +38,12 @@ if sys.version_info < (3, 11):  # noqa: UP036
     print(_ := "factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
     sys.exit(2)
 
+import signal
+
+if __name__ == "__main__":
+    # Until serve() has its own handler, Ctrl-C ends the start without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import codecs
@@ -53,7 +59,6 @@ import queue
 import random
 import re
 import secrets
-import signal
 import socket
 import threading
 import time
@@ -5453,6 +5458,8 @@ def ask_password(name):
 
     Raises BadSetting.
     """
+    # Or Ctrl-C would leave the terminal without an echo.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if sys.stdin.isatty():
             password = getpass.getpass("Password: ")
@@ -5532,7 +5539,8 @@ def serve(sock, home):
     """Start everything, serve until SIGTERM or Ctrl-C, end cleanly."""
     stop = threading.Event()
     server = Server(sock)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = signal.SIGTERM, signal.SIGINT
+    for number in numbers:
         signal.signal(number, server.end)
     if hasattr(signal, "SIGTTIN"):
         # Or reading the terminal from the background would stop the process.
@@ -5546,6 +5554,9 @@ def serve(sock, home):
     )
     start_workers(home, stop)
     server.serve()
+    for number in numbers:
+        # Python takes its handlers away when it ends, and one signal more would kill it.
+        signal.signal(number, signal.SIG_IGN)
     sock.close()
     stop.set()
     # Not the polling thread, which may sleep in its call: what it has not received comes again.

@@ -9669,6 +9669,28 @@ def test_password_is_asked_twice_at_a_terminal_and_not_shown(tmp_path, again, co
         assert process.wait(5) == code and NEW_PASSWORD not in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_the_start_ends_it_in_silence(tmp_path, number):
+    (tmp_path / "jwt.py").write_text(f"import os; os.kill(os.getpid(), {number:d})")
+    process = subprocess.run(
+        [sys.executable, HERE / "factoryapp.py", "--db", tmp_path / "factoryapp.db"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        timeout=10,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (-number, b"", b"")
+
+
+def test_signals_in_any_number_end_it_cleanly(start):
+    for _ in range(3):
+        program = start()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            program.process.send_signal(number)
+            time.sleep(0.002)
+        assert program.process.wait(5) == 0 and program.log() == ""
+
+
 def test_server_may_start_while_a_password_is_being_typed(tmp_path, monkeypatch):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
     with password_prompt(tmp_path):
