@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["bottle~=0.13.4", "PyJWT~=2.11", "pyTelegramBotAPI==4.37.1", "waitress==3.0.2"]
+# ///
 """FactoryApp: an HTTP API whose messages a Telegram bot repeats in the chats that people linked.
 
 One message's journey:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import unicodedata
 import warnings
 from collections import defaultdict, deque
