@@ -9670,6 +9670,19 @@ def test_password_is_asked_twice_at_a_terminal_and_not_shown(tmp_path, again, co
         assert process.wait(5) == code and NEW_PASSWORD not in said and "Traceback" not in said
 
 
+def test_script_metadata_says_what_requirements_and_the_file_itself_say():
+    text = (HERE / "factoryapp.py").read_text()
+    # As PEP 723 has it.
+    [block] = re.findall(r"(?m)^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$", text)
+    metadata = tomllib.loads(re.sub("(?m)^# ?", "", block))
+    needed = set((HERE / "requirements.txt").read_text().split())
+    assert set(metadata["dependencies"]) == {
+        name for name in needed if not name.startswith(("pytest", "webtest"))
+    }
+    least = re.search(r"sys\.version_info < \((\d+), (\d+)\)", text).groups()
+    assert metadata["requires-python"] == f">={'.'.join(least)}"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_during_the_start_ends_it_in_silence(tmp_path, number):
     (tmp_path / "jwt.py").write_text(f"import os; os.kill(os.getpid(), {number:d})")
