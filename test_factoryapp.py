@@ -236,6 +236,7 @@ WEBHOOK_IS_ACTIVE = {
     "description": "Conflict: can't use getUpdates method while webhook is active",
 }
 BREAKS, BREAKS_AT_ONCE = "breaks a constraint later", "breaks a constraint"
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 as_root = pytest.mark.skipif(
     not shutil.which("setpriv")
     or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
@@ -9754,23 +9755,58 @@ def in_a_shell(commands, **env):
         shell.stdout.close()
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_scripts_of_the_readme_ask_a_person_in_the_terminal_and_get_the_answer(start):
+@needs_curl
+@pytest.mark.parametrize(
+    "answer, said", [("Yes", "line 4 stops\n"), ("not now", "line 4 goes on\n")]
+)
+def test_scripts_of_the_readme_ask_in_the_terminal_and_get_the_answer(start, answer, said):
     program = start()
-    alice, bob = join(program.http, "alice"), join(program.http, "bob")
-    program.type(link_token(program.http, bob))
+    alice = join(program.http, "alice")
+    program.type(link_token(program.http, alice))
     program.wait_for("успешно привязаны")
-    section = re.search("\n## For scripts\n.*?\n## ", (HERE / "README.md").read_text(), re.DOTALL)[
-        0
-    ]
-    section = section.replace("http://127.0.0.1:8080", program.url).replace("after=17", "after=0")
-    make_key, *script = re.findall("^    (.*)", section, re.MULTILINE)
-    with in_a_shell(make_key, TOKEN=alice["Authorization"].removeprefix("Bearer ")) as shell:
-        key = json.loads(shell.communicate(timeout=10)[0])["key"]
-    with in_a_shell("\n".join(script).replace("fa_…", key)) as shell:
-        question = r"(#\d+)\nСообщение от alice:\n\nStop line 4\?\n\[Yes]\n\[No]\n"
-        program.type(f"{program.wait_for(question)[1]} Yes")
-        assert shell.communicate(timeout=10)[0].endswith("line 4 stops\n")
+    script = readme_scripts(program)
+    with in_a_shell(script, TOKEN=alice["Authorization"].removeprefix("Bearer ")) as shell:
+        question = r"(#\d+)\nalice, я получил от тебя сообщение:\n\nStop line 4\?\n\[Yes]\n\[No]\n"
+        program.type(f"{program.wait_for(question)[1]} {answer}")
+        heard = shell.communicate(timeout=10)[0]
+    assert heard.endswith(said) and "night" not in heard and shell.returncode == 0
+
+
+def readme_scripts(program):
+    """What *For scripts* runs, against this program."""
+    section = re.search("\n## For scripts\n.*?\n## ", (HERE / "README.md").read_text(), re.DOTALL)
+    section = (
+        section[0].replace("http://127.0.0.1:8080", program.url).replace("after=17", "after=0")
+    )
+    return "\n".join(re.findall("^    (.*)", section, re.MULTILINE))
+
+
+@needs_curl
+@pytest.mark.parametrize(
+    "line, sentence", [("date |", "not stored: curl ended with 22\n"), ("question=", "401\n")]
+)
+def test_scripts_of_the_readme_that_are_refused_say_so_and_fail(start, line, sentence):
+    script = readme_scripts(start()).replace("--retry 5", "--retry 1")
+    lines = [text for text in script.split("\n") if text.startswith((line, "API="))]
+    with in_a_shell("\n".join(["exec 2>&1", "AUTH=wrong", *lines])) as shell:
+        heard = shell.communicate(timeout=10)[0]
+    assert shell.returncode != 0 and heard.endswith(sentence) and heard.count("\n") == 1
+
+
+@needs_curl
+def test_script_of_the_readme_outlives_a_restart_and_is_silent(start, tmp_path):
+    program = start()
+    alice = join(program.http, "alice")
+    port = program.address[1]
+    script = [text for text in readme_scripts(program).split("\n") if not text.startswith("curl")]
+    assert program.end()[0] == 0
+    lines = [text for text in script if text.startswith(("date |", "API="))]
+    auth = f"AUTH='Authorization: {alice['Authorization']}'"
+    with in_a_shell("\n".join(["exec 2>&1", auth, *lines])) as shell:
+        time.sleep(0.5)
+        program = start("--port", str(port))
+        assert shell.communicate(timeout=20)[0] == "" and shell.returncode == 0
+    assert len(list_messages(program.http, alice)) == 1
 
 
 def test_second_process_on_a_database_is_refused(start, tmp_path):
