@@ -4350,14 +4350,6 @@ def list_all_users(user, **page):
 @declare(
     max_body_bytes=MAX_MESSAGE_BODY_BYTES,
     plain="text",
-    headers={
-        "Idempotency-Key": {
-            "type": "string",
-            "pattern": "^[!-~]{1,255}$",
-            "example": "line-4-stopped-at-18-08",
-            "description": "Of your choice, another for each message, the same for a retry.",
-        }
-    },
     answer_headers=["Idempotency-Replayed"],
 )
 @answers(201, {"oneOf": [A_MESSAGE, {"type": "array", "items": A_MESSAGE}]}, 422, 429)
@@ -4365,9 +4357,10 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
     It is stored and its copies are queued, together or not at all. With a send_at it is scheduled:
-    yours alone until then, when it becomes a message as if you posted it, with a new id. With an
-    Idempotency-Key, a retry stores nothing more. The text may also come as text/plain, the other
-    fields then in the query string. To one other person: 100 at once, then one a second.
+    yours alone until then, when it becomes a message as if you posted it, with a new id. With a
+    header Idempotency-Key (1 to 255 visible ASCII characters of your choice, others for each
+    message) a retry stores nothing more. The text may also come as text/plain, the other fields
+    then in the query string. To one other person: 100 at once, then one a second.
     """
     is_list = isinstance(recipient, list)
     if is_list:

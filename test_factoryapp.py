@@ -7323,6 +7323,13 @@ def test_openapi_names_every_route_and_the_address(http):
     assert len(operations) == len(factoryapp.app.routes) == 20
 
 
+def test_openapi_tells_of_the_idempotency_key_in_words_alone(http):
+    # As a parameter, Postman would send the same one with each message: only the first is stored.
+    post_message = http.get("/openapi.json").json["paths"]["/api/messages/"]["post"]
+    assert "Idempotency-Key" in post_message["description"]
+    assert "Idempotency-Key" not in [p["name"] for p in post_message["parameters"]]
+
+
 def test_openapi_says_where_to_sign_in_and_which_id_has_to_be_given(http):
     junk = {"Authorization": "Bearer junk"}
     for path, methods in http.get("/openapi.json").json["paths"].items():
@@ -7550,6 +7557,8 @@ def test_every_answer_is_in_the_openapi_document(http):
                     for p in operation["parameters"]
                     if p["in"] == "header" and draw.random() < 0.6
                 }
+                if operation["operationId"] == "post_message" and draw.random() < 0.6:
+                    more["Idempotency-Key"] = draw.choice("*x")
                 response = http.request(
                     re.sub("{.*}", draw.choice(["1", "7", "9" * 19]), path) + "?" + query,
                     method=method.upper(),
