@@ -4678,7 +4678,7 @@ def show_openapi():
 #     expect_continue, chunked, command, path, get_body_stream
 #   its errors: ParsingError, BadRequest, InternalServerError; code, reason, body
 #   WSGITask: service, execute, finish, write, environ, status, response_headers, complete,
-#     content_length, start_time, close_on_finish, set_close_on_finish
+#     content_length, has_body, version, start_time, close_on_finish, set_close_on_finish
 #   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
 #   TcpWSGIServer: channel_class, adj, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
@@ -4817,6 +4817,15 @@ class Answer(WSGITask):
             self.write(b"")
         else:
             super().finish()
+
+    def set_close_on_finish(self):
+        """Let its end be the connection's, but not where waitress only misses a length.
+
+        A 204 or 304 has none and needs none (RFC 9112, section 6.3).
+        """
+        is_asked = self.request.headers.get("CONNECTION") == "close"
+        if self.has_body or self.version == "1.0" or is_asked:
+            super().set_close_on_finish()
 
     def go_on(self):
         """Make its next piece, or its end."""

@@ -7837,6 +7837,23 @@ def test_answers_to_a_message_are_listed_by_their_index(http, delivery):
         assert "TEMP B-TREE" not in plan and "SCAN" not in plan, plan
 
 
+@pytest.mark.parametrize("version, connection", [("1.1", None), ("1.1", "close"), ("1.0", None)])
+@pytest.mark.parametrize("status", [204, 304])
+def test_connection_stays_open_after_an_answer_without_a_body(http, version, connection, status):
+    headers = join(http, "alice")
+    etag = http.get("/api/messages/", headers=headers).headers["ETag"]
+    sent = {"Connection": connection} if connection else {}
+    request = raw("OPTIONS", "/api/messages/", sent, version=version)
+    if status == 304:
+        sent |= {**headers, "If-None-Match": etag}
+        request = raw("GET", "/api/messages/", sent, version=version)
+    last = raw("GET", "/x", {"Connection": "close"})
+    is_open = version == "1.1" and not connection
+    answer = talk(http, request + request + last)
+    assert statuses(answer) == ([status, status, 404] if is_open else [status])
+    assert answer.count(b"Connection: close") == 1
+
+
 def test_pipelined_requests_are_answered_in_order(http):
     headers = join(http, "alice")
     get = raw("GET", "/api/messages/", headers)
