@@ -1377,19 +1377,19 @@ def list_rows(db, listing, page):
 HAS_QUEUED = """
     SELECT 1 FROM (
         SELECT min(id) AS first FROM messages AS m
-        WHERE sender_id = ?1 AND recipient_id = ?2 AND delivery = 'queued')
+        WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued')
     CROSS JOIN messages AS m
-    WHERE sender_id = ?1 AND recipient_id = ?2 AND delivery = 'queued'
+    WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued'
         -- They are counted only if as many ids have been given since the first of them.
-        AND first + ?3 <= (SELECT max(id) FROM messages AS m)
-    LIMIT 1 OFFSET ?3
+        AND first + :last <= (SELECT max(id) FROM messages AS m)
+    LIMIT 1 OFFSET :last
     """
 
 
 def has_waiting(db, sender_id, recipient_id, most, is_scheduled):
     """Return something if so many messages of one to the other are scheduled, or else queued."""
     sql = of_scheduled(HAS_QUEUED) if is_scheduled else HAS_QUEUED
-    return db.one(sql, sender_id, recipient_id, most - 1)
+    return db.one(sql, sender=sender_id, recipient=recipient_id, last=most - 1)
 
 
 def cancel_message(db, message_id):
