@@ -51,6 +51,7 @@ if __name__ == "__main__":
 import argparse
 import base64
 import codecs
+import email.utils
 import encodings
 import getpass
 import hashlib
@@ -68,7 +69,6 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-import weakref
 from collections import Counter, OrderedDict, deque, namedtuple
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
@@ -101,7 +101,6 @@ try:
     from waitress import wasyncore
     from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.server import TcpWSGIServer
-    from waitress.task import WSGITask
     from waitress.utilities import BadRequest, InternalServerError
 except ModuleNotFoundError as error:
     print(
@@ -4675,12 +4674,9 @@ def show_openapi():
 #
 # Names of waitress that its documentation does not promise (requirements.txt names the version):
 #   HTTPRequestParser: received, parse_header, header_plus, body_rcv, completed, error, headers,
-#     expect_continue, chunked, command, path, get_body_stream
+#     expect_continue, chunked, command, path, query, version, connection_close, get_body_stream
 #   its errors: ParsingError, BadRequest, InternalServerError; code, reason, body
-#   WSGITask: service, execute, finish, write, environ, status, response_headers, complete,
-#     content_length, has_body, version, start_time, close_on_finish, set_close_on_finish
-#   what it asks of its channel: server, adj, addr, write_soon, check_client_disconnected
-#   TcpWSGIServer: channel_class, adj, pull_trigger, handle_accept
+#   TcpWSGIServer: application, channel_class, adj, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
 # Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session.
 
@@ -4734,110 +4730,120 @@ class StrictRequest(HTTPRequestParser):
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
 
 
-def application(environ, start_response):
-    """Call the app. If its answer comes in pieces, leave them to be made one by one."""
-    body = app(environ, start_response)
-    if isinstance(body, list):
-        return body
-    local.answer.pieces = iter(body)
-    return ()
+@lru_cache(1)
+def http_date(second):
+    """A time as the Date header has it (RFC 9110, section 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True)
 
 
-class Answer(WSGITask):
-    """The answer to a request. One thread at a time makes it.
+class Answer:
+    """The answer to a request: calls the app as a WSGI server does (PEP 3333).
 
-    To waitress it is a task, and the channel that a task writes to.
+    One thread at a time makes it.
     """
 
     pool = None  # where it is made, None: in a round
     pieces = None  # an iterator of what is still to be made of its body
     waits_until = None  # in ticks, for news
     user_id = "-"  # who has signed in
-    check_client_disconnected = None
 
     def __init__(self, channel, request):
-        # Itself would be a reference cycle, which only the garbage collector ends.
-        super().__init__(weakref.proxy(self), request)
-        self.asker = channel
-        self.server, self.adj, self.addr = channel.server, channel.adj, channel.addr
+        self.asker, self.request, self.addr = channel, request, channel.addr
         self.arrived_at = time.monotonic()
-
-    def write_soon(self, data):
-        self.written.append(data)
 
     def make(self, pool=None):
         """Make it from its beginning. Raises Elsewhere, WaitForNews."""
-        local.answer, self.pool, self.environ = self, pool, None
-        self.written, self.response_headers = [], [*PRIVATE_HEADERS]
+        local.answer, self.pool = self, pool
+        error = self.request.error
         if pool:
             # Only the serving thread loses no wake-up, so nothing waits for news in a pool.
             self.waits_until = 0
             local.patience = PATIENCE_SECONDS + self.arrived_at - time.monotonic()
             if local.patience <= 0:
-                self.request.error = NotStored
+                error = NotStored
+        if error:
+            self.refuse(error)
+            return
+        began_at = time.monotonic()
+        self.closes = self.request.connection_close
         try:
-            self.service()
+            body = self.asker.server.application(self.make_environ(), self.start)
+            if not isinstance(body, list):
+                self.pieces, body = iter(body), ()
+            self.written = self.make_head() + b"".join(body)
         except Exception:
             log.exception(f"{self.request.command} {self.request.path!r} failed")
             self.refuse(InternalServerError(""))
-
-    def refuse(self, error):
-        """Take this refusal in place of what was made, and close the connection after it."""
-        self.request.error = error
-        refusal = Answer(self.asker, self.request)
-        refusal.make()
-        self.written, self.close_on_finish = refusal.written, True
-
-    def execute(self):
-        """Let the route answer, and log a line. What is no request is refused in JSON."""
-        if error := self.request.error:
-            detail = PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")
-            body = encode_json({"detail": detail})
-            self.status, self.complete = f"{error.code} {error.reason}", True
-            self.response_headers.append(("Content-Type", "application/json"))
-            if error.code == 503:
-                self.response_headers.append(("Retry-After", "5"))
-            self.set_close_on_finish()
-            self.content_length = len(body)
-            self.write(body)
             return
-        if self.pool:
-            # What was read of its body elsewhere is read again.
-            self.request.get_body_stream().seek(0)
-        super().execute()
         if log.isEnabledFor(logging.INFO):
             path = urllib.parse.quote(self.request.path, encoding="latin-1")
-            took = f"{(time.time() - self.start_time) * 1000:.1f} ms"
+            took = f"{(time.monotonic() - began_at) * 1000:.1f} ms"
             who = f"user {self.user_id}, {client_address()}"
             log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
 
-    def finish(self):
-        """End the answer, unless it is a head alone, or more of it is still to be made."""
-        if self.pieces or self.request.command == "HEAD":
-            self.write(b"")
-        else:
-            super().finish()
+    def make_environ(self):
+        """Return what WSGI tells of a request, as far as Bottle and our routes ask for it."""
+        request, stream = self.request, self.request.get_body_stream()
+        # What was read of its body elsewhere is read again.
+        stream.seek(0)
+        environ = {
+            "REQUEST_METHOD": request.command.upper(),
+            "PATH_INFO": "/" + request.path.lstrip("/"),
+            "QUERY_STRING": request.query,
+            "REMOTE_ADDR": self.addr[0],
+            "wsgi.url_scheme": "http",
+            "wsgi.input": stream,
+            "wsgi.errors": sys.stderr,
+        }
+        for name, value in request.headers.items():
+            prefix = "" if name in ("CONTENT_TYPE", "CONTENT_LENGTH") else "HTTP_"
+            environ[prefix + name] = value
+        return environ
 
-    def set_close_on_finish(self):
-        """Let its end be the connection's, but not where waitress only misses a length.
+    def start(self, status, headers, exc_info=None):
+        """Take the status line and the headers, as WSGI's start_response."""
+        self.status, self.headers = status, headers
 
-        A 204 or 304 has none and needs none (RFC 9112, section 6.3).
+    def make_head(self):
+        """Return the status line and the headers, in bytes.
+
+        The connection closes after an answer of unknown length.
         """
-        is_asked = self.request.headers.get("CONNECTION") == "close"
-        if self.has_body or self.version == "1.0" or is_asked:
-            super().set_close_on_finish()
+        headers = [*self.headers, *PRIVATE_HEADERS, ("Date", http_date(int(time.time())))]
+        is_1_1, has_body = self.request.version == "1.1", self.status[:3] not in ("204", "304")
+        if has_body and "Content-Length" not in dict(headers):
+            self.closes = True
+        # RFC 9112, section 7.1.
+        self.is_chunked = is_1_1 and self.pieces is not None
+        if self.is_chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+        if self.closes or not is_1_1:
+            headers.append(("Connection", "close" if self.closes else "Keep-Alive"))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        return f"HTTP/1.{is_1_1:d} {self.status}\r\n{lines}\r\n".encode("latin-1")
+
+    def refuse(self, error):
+        """Take this refusal in place of what was made, and close the connection after it."""
+        body = encode_json(
+            {"detail": PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")}
+        )
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        if error.code == 503:
+            headers.append(("Retry-After", "5"))
+        self.start(f"{error.code} {error.reason}", headers)
+        self.pieces, self.closes = None, True
+        self.written = self.make_head() + body
 
     def go_on(self):
         """Make its next piece, or its end."""
+        piece = b""
         try:
-            if piece := next(self.pieces, None):
-                self.write(piece)
-            else:
-                self.pieces = None
-                self.finish()
+            piece = next(self.pieces, b"")
+            # An empty chunk is the last one.
+            self.written = b"%x\r\n%b\r\n" % (len(piece), piece) if self.is_chunked else piece
         except Exception:
             log.exception(f"{self.request.path!r} failed in the middle of an answer, which is cut")
-            # waitress closes after an answer without a length.
+        if not piece:
             self.pieces = None
 
 
@@ -4922,10 +4928,10 @@ class Channel(wasyncore.dispatcher):
             return
         if not is_stored and answer.status.startswith("2"):
             answer.refuse(NotStored)
-        self.unsent, answer.written = memoryview(b"".join(answer.written)), []
+        self.unsent, answer.written = memoryview(answer.written), b""
         self.closes_at = time.monotonic() + STUCK_SECONDS
         if not answer.pieces:
-            self.answer, self.is_ending = None, answer.close_on_finish
+            self.answer, self.is_ending = None, answer.closes
         self.handle_write()
         if self.unsent:
             self.server.bound_unsent()
@@ -5016,7 +5022,7 @@ class Server(TcpWSGIServer):
         self.map = {}  # what is polled
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
-            application,
+            app,
             self.map,
             _sock=sock,
             # Not used. Without one waitress would start threads.
@@ -5025,7 +5031,6 @@ class Server(TcpWSGIServer):
             ident=None,
             max_request_body_size=MAX_MESSAGE_BODY_BYTES,
             max_request_header_size=16 * 1024,
-            clear_untrusted_proxy_headers=False,
         )
         self.pools = {pool: FairQueue() for pool in POOLS}
         for pool in Counter(POOLS).elements():

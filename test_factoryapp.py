@@ -10275,7 +10275,7 @@ class Server(factoryapp.Server):
 
     def application(self, environ, start_response):
         environ["REMOTE_ADDR"] = environ.pop("HTTP_X_TEST_ADDRESS", environ["REMOTE_ADDR"])
-        return factoryapp.application(environ, start_response)
+        return factoryapp.app(environ, start_response)
 
 
 @contextmanager
