@@ -3271,7 +3271,7 @@ def run(said, route, values):
     """Sign in, read what was sent, and call the route. Returns what it returns."""
     user = said.sign_in()
     if said.query:
-        values |= read_fields(said.query, request.query)
+        values |= read_fields(said.query, request.query_string and request.query)
     if said.body:
         values |= read_fields(said.body, read_body(said), user)
     if local.answer.pool != "patient":
