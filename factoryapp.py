@@ -178,7 +178,7 @@ DELIVERIES = "scheduled", "queued", "sent", "failed", "unlinked", "cancelled"
 # The database. A list of more rows or bytes is long: a worker pool reads it in pieces.
 LIST_ROWS = 200
 LIST_BYTES = 256 * 1024
-LIST_PIECE_BYTES = 160 * 1024  # larger ones are faster, and more is kept for who does not read
+LIST_PIECE_BYTES = 64 * 1024  # the first ones; up to LIST_BYTES for a client that reads them
 PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
 SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
@@ -3888,16 +3888,21 @@ def end_page(listing, page, given):
 
 
 def stream_rows(listing, page):
-    """Yield the array in pieces, each read from the database when it is asked for."""
+    """Yield the array in pieces, each read from the database when it is asked for.
+
+    The more a client has read, the larger they are: that is faster, and little is kept for one that
+    reads nothing.
+    """
     # Bottle asks for the first at once, on the serving thread.
     yield b"["
-    comma, is_whole = b"", False
+    read, is_whole = 0, False
     while not is_whole:
-        page["after"], is_whole, *piece = read_piece(listing, page, math.inf, LIST_PIECE_BYTES)
+        size = min(max(read // 8, LIST_PIECE_BYTES), LIST_BYTES)
+        page["after"], is_whole, *piece = read_piece(listing, page, math.inf, size)
         if piece[0]:
+            comma, read = b"," if read else b"", read + len(piece[0])
             # Popped: it is not kept here while the client reads it.
             yield comma + piece.pop()
-            comma = b","
     yield b"]"
 
 
