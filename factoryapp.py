@@ -4770,7 +4770,7 @@ class Answer:
             self.refuse(error)
             return
         began_at = time.monotonic()
-        self.closes = self.request.connection_close
+        self.closes = self.request.connection_close or self.request.version not in ("1.0", "1.1")
         try:
             body = self.asker.server.application(self.make_environ(), self.start)
             if not isinstance(body, list):
@@ -4793,7 +4793,7 @@ class Answer:
         stream.seek(0)
         environ = {
             "REQUEST_METHOD": request.command.upper(),
-            "PATH_INFO": "/" + request.path.lstrip("/"),
+            "PATH_INFO": re.sub("^/+", "/", request.path),
             "QUERY_STRING": request.query,
             "REMOTE_ADDR": self.addr[0],
             "wsgi.url_scheme": "http",

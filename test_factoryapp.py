@@ -7837,6 +7837,21 @@ def test_answers_to_a_message_are_listed_by_their_index(http, delivery):
         assert "TEMP B-TREE" not in plan and "SCAN" not in plan, plan
 
 
+@pytest.mark.parametrize(
+    "line", ["GET /x", "GET /x HTTP/0.9", "GET /x HTTP/1.2", "GET /x HTTP/2.0"]
+)
+def test_connection_of_an_unknown_version_ends_with_its_answer(http, line):
+    answer = talk(http, f"{line}\r\nHost: x\r\n\r\n".encode())
+    assert statuses(answer) == [404] and b"Connection: close\r\n" in answer
+
+
+@pytest.mark.parametrize(
+    "target, status", [("//health//", 404), ("///health/", 200), ("health/", 404)]
+)
+def test_path_begins_with_a_slash(http, target, status):
+    assert statuses(talk(http, raw("GET", target, {"Connection": "close"}))) == [status]
+
+
 @pytest.mark.parametrize("version, connection", [("1.1", None), ("1.1", "close"), ("1.0", None)])
 @pytest.mark.parametrize("status", [204, 304])
 def test_connection_stays_open_after_an_answer_without_a_body(http, version, connection, status):
