@@ -4901,10 +4901,11 @@ class Channel(wasyncore.dispatcher):
         return len(self.unsent) > 0
 
     def handle_read(self):
-        if not (self.request or self.unread or self.answer):
-            self.since = time.monotonic()
+        is_idle = not (self.request or self.unread or self.answer)
         self.unread += self.recv(self.adj.recv_bytes)
         self.read()
+        if is_idle and (self.request or self.answer):
+            self.since = time.monotonic()
 
     def read(self):
         """Read a request, as far as it is there. What comes after it waits until it is answered."""
@@ -4977,11 +4978,12 @@ class Channel(wasyncore.dispatcher):
     def has_held_on(self, at):
         """Return for how many seconds, as far as that counts when others need its place.
 
-        A client that has just connected makes room last, one that is answered has some time.
+        A client that is answered has some time, and a second more than one that has just connected.
         """
         seconds = at - self.since
-        is_answered = self.unsent or (self.answer and self.answer not in self.server.waiting)
-        return seconds - (ANSWER_SECONDS if is_answered or seconds < 1 else 0)
+        if self.unsent or (self.answer and self.answer not in self.server.waiting):
+            return seconds - ANSWER_SECONDS - 1
+        return seconds - (ANSWER_SECONDS if seconds < 1 else 0)
 
 
 class FairQueue(queue.Queue):
@@ -5098,7 +5100,8 @@ class Server(TcpWSGIServer):
         """Keep a request until there is news. With as many as may wait, it is answered at once."""
         answer.waits_until = until
         of_user = sum(waiting["id"] == user["id"] for waiting in self.waiting.values())
-        if len(self.waiting) < WAITING and of_user < WAITING_OF_A_USER:
+        most = min(WAITING, settings.connections // 2)
+        if len(self.waiting) < most and of_user < WAITING_OF_A_USER:
             self.waiting[answer] = user
         else:
             answer.waits_until = 0
@@ -5222,13 +5225,15 @@ class Server(TcpWSGIServer):
         """Let some clients connect. While all connections are in use, each takes another's."""
         for _ in range(1 + settings.connections // 4):
             count = len(self.channels)
-            if self.is_asked and self.readable():
+            is_full = count >= settings.connections
+            longest = self.find_longest() if self.is_asked and is_full else None
+            if self.is_asked and (longest or not is_full):
                 super().handle_accept()
             self.is_asked = len(self.channels) > count
             if not self.is_asked:
                 break
-            if count >= settings.connections:
-                self.find_longest().handle_close()
+            if longest:
+                longest.handle_close()
 
 
 # --- Main -----------------------------------------------------------------------------------------

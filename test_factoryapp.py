@@ -8213,6 +8213,63 @@ def test_who_waits_for_a_pool_makes_room_late_and_of_an_address_that_has_most_co
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("sent, closed", [(b"\r\n", 0), (b"GET", 1)])
+def test_blank_lines_begin_no_request(http, monkeypatch, pass_seconds, sent, closed):
+    monkeypatch.setattr(factoryapp.settings, "connections", 3)
+    socks = []
+    for _ in range(2):
+        socks.append(socket.create_connection(http.address, timeout=3))
+        serve_until(http, lambda: len(http.server.channels) > len(socks))
+        pass_seconds(2)
+    socks[0].sendall(sent)
+    pass_seconds(2)
+    assert statuses(talk(http, raw("GET", "/x", {"Connection": "close"}))) == [404]
+    assert [is_connected(http, sock) for sock in socks] == [closed != 0, closed != 1]
+    for sock in socks:
+        sock.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
+def test_answer_that_takes_a_moment_is_not_cut_for_those_who_connect_and_say_nothing(
+    http, monkeypatch, pass_seconds
+):
+    may_hash, hashing, real = threading.Event(), [], factoryapp.check_password
+
+    def check_when_told(*args):
+        hashing.append(args)
+        return may_hash.wait(10) and real(*args)
+
+    monkeypatch.setattr(factoryapp, "check_password", check_when_told)
+    login = json.dumps({"username": "alice", "password": PASSWORD}).encode()
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.sendall(raw("POST", "/auth/token/", {"Connection": "close"}, login))
+        while not hashing:
+            http.server.pull_trigger()
+        http.close()
+        monkeypatch.setattr(factoryapp.settings, "connections", 3)
+        silent = [
+            socket.create_connection(http.address, 5, (f"127.0.0.{n % 4 + 2}", 0))
+            for n in range(20)
+        ]
+        with socket.create_connection(http.address, 5, ("127.0.0.9", 0)) as other:
+            other.sendall(raw("GET", "/x", {"Connection": "close"}))
+            assert statuses(take_all(other)) == [404]
+        may_hash.set()
+        assert statuses(take_all(sock)) == [401]
+    for sock in silent:
+        sock.close()
+
+
+def test_requests_that_wait_leave_half_of_the_connections_to_others(http, wait, monkeypatch):
+    monkeypatch.setattr(factoryapp.settings, "connections", 4)
+    headers = join(http, "alice")
+    parked = [wait(headers), wait(headers)]
+    asked = raw("GET", "/api/messages/?wait=50", {**headers, "Connection": "close"})
+    assert statuses(talk(http, asked)) == [200]
+    http.close()
+    assert [is_connected(http, connection.sock) for connection in parked] == [True, True]
+
+
 def test_all_who_want_to_connect_are_let_in_at_once(http, monkeypatch):
     may_poll, poll, polls = threading.Event(), http.server.poll, []
 
