@@ -8169,6 +8169,19 @@ def test_who_is_let_in_for_another_that_has_just_sent_something_is_not_taken_for
             assert statuses(other.recv(65536)) == [404]
 
 
+@pytest.fixture
+def slow_logins(monkeypatch):
+    """An event without which no login goes on, and the logins that wait for it."""
+    may_hash, hashing, real = threading.Event(), [], factoryapp.check_password
+
+    def check_when_told(*args):
+        hashing.append(args)
+        return may_hash.wait(10) and real(*args)
+
+    monkeypatch.setattr(factoryapp, "check_password", check_when_told)
+    return may_hash, hashing
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
 @pytest.mark.parametrize(
     "others, answered",
@@ -8179,15 +8192,9 @@ def test_who_is_let_in_for_another_that_has_just_sent_something_is_not_taken_for
     ],
 )
 def test_who_waits_for_a_pool_makes_room_late_and_of_an_address_that_has_most_connections_first(
-    http, monkeypatch, pass_seconds, others, answered
+    http, monkeypatch, pass_seconds, slow_logins, others, answered
 ):
-    may_hash, hashing, real = threading.Event(), [], factoryapp.check_password
-
-    def check_when_told(*args):
-        hashing.append(args)
-        return may_hash.wait(10) and real(*args)
-
-    monkeypatch.setattr(factoryapp, "check_password", check_when_told)
+    may_hash, hashing = slow_logins
     login = json.dumps({"username": "alice", "password": PASSWORD}).encode()
     socks = []
     for kind in ["login", *others.split()]:
@@ -8231,15 +8238,9 @@ def test_blank_lines_begin_no_request(http, monkeypatch, pass_seconds, sent, clo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address of ours")
 def test_answer_that_takes_a_moment_is_not_cut_for_those_who_connect_and_say_nothing(
-    http, monkeypatch, pass_seconds
+    http, monkeypatch, slow_logins
 ):
-    may_hash, hashing, real = threading.Event(), [], factoryapp.check_password
-
-    def check_when_told(*args):
-        hashing.append(args)
-        return may_hash.wait(10) and real(*args)
-
-    monkeypatch.setattr(factoryapp, "check_password", check_when_told)
+    may_hash, hashing = slow_logins
     login = json.dumps({"username": "alice", "password": PASSWORD}).encode()
     with socket.create_connection(http.address, timeout=5) as sock:
         sock.sendall(raw("POST", "/auth/token/", {"Connection": "close"}, login))
