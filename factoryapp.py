@@ -1323,7 +1323,7 @@ def own_messages(*parts):
     """
     ids, rows = (
         " UNION ALL ".join(
-            select.replace("AS m", f"AS m INDEXED BY messages_by_{index}", 1)
+            select.replace("messages AS m", f"messages AS m INDEXED BY messages_by_{index}")
             + f" WHERE {condition} AND m.id > :after AND m.id < :before"
             for index, condition in parts
         )
@@ -1375,20 +1375,21 @@ def list_rows(db, listing, page):
 
 HAS_QUEUED = """
     SELECT 1 FROM (
-        SELECT min(id) AS first FROM messages AS m
+        SELECT min(id) AS first FROM messages
         WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued')
-    CROSS JOIN messages AS m
+    CROSS JOIN messages
     WHERE sender_id = :sender AND recipient_id = :recipient AND delivery = 'queued'
         -- They are counted only if as many ids have been given since the first of them.
-        AND first + :last <= (SELECT max(id) FROM messages AS m)
+        AND first + :last <= (SELECT max(id) FROM messages)
     LIMIT 1 OFFSET :last
     """
 
 
 def has_waiting(db, sender_id, recipient_id, most, is_scheduled):
-    """Return something if so many messages of one to the other are scheduled, or else queued."""
+    """Return whether so many messages of one to the other are scheduled, or else queued."""
     sql = of_scheduled(HAS_QUEUED) if is_scheduled else HAS_QUEUED
-    return db.one(sql, sender=sender_id, recipient=recipient_id, last=most - 1)
+    last = db.one(sql, sender=sender_id, recipient=recipient_id, last=most - 1)
+    return last is not None
 
 
 def cancel_message(db, message_id):
@@ -4818,9 +4819,8 @@ class Answer:
         is_1_1, has_body = self.request.version == "1.1", self.status[:3] not in ("204", "304")
         if has_body and "Content-Length" not in dict(headers):
             self.closes = True
-        # RFC 9112, section 7.1.
-        self.is_chunked = is_1_1 and self.pieces is not None
-        if self.is_chunked:
+        if is_1_1 and self.pieces:
+            # RFC 9112, section 7.1.
             headers.append(("Transfer-Encoding", "chunked"))
         if self.closes or not is_1_1:
             headers.append(("Connection", "close" if self.closes else "Keep-Alive"))
@@ -4843,9 +4843,10 @@ class Answer:
         """Make its next piece, or its end."""
         piece = b""
         try:
-            piece = next(self.pieces, b"")
-            # An empty chunk is the last one.
-            self.written = b"%x\r\n%b\r\n" % (len(piece), piece) if self.is_chunked else piece
+            self.written = piece = next(self.pieces, b"")
+            if self.request.version == "1.1":
+                # An empty chunk is the last one.
+                self.written = b"%x\r\n%b\r\n" % (len(piece), piece)
         except Exception:
             log.exception(f"{self.request.path!r} failed in the middle of an answer, which is cut")
         if not piece:
@@ -5224,15 +5225,14 @@ class Server(TcpWSGIServer):
     def let_in(self):
         """Let some clients connect. While all connections are in use, each takes another's."""
         for _ in range(1 + settings.connections // 4):
-            count = len(self.channels)
-            is_full = count >= settings.connections
-            longest = self.find_longest() if self.is_asked and is_full else None
-            if self.is_asked and (longest or not is_full):
-                super().handle_accept()
-            self.is_asked = len(self.channels) > count
             if not self.is_asked:
                 break
-            if longest:
+            count = len(self.channels)
+            longest = self.find_longest() if count >= settings.connections else None
+            if longest or count < settings.connections:
+                super().handle_accept()
+            self.is_asked = len(self.channels) > count
+            if self.is_asked and longest:
                 longest.handle_close()
 
 
@@ -5576,7 +5576,7 @@ def serve(sock, home):
     start_workers(home, stop)
     server.serve()
     for number in numbers:
-        # Python takes its handlers away when it ends, and one signal more would kill it.
+        # Python removes our handlers as it ends: another signal would then kill the process.
         signal.signal(number, signal.SIG_IGN)
     sock.close()
     stop.set()
