@@ -7103,8 +7103,11 @@ def test_cancelling_waits_for_a_sender_that_is_about_to_send(
     def find_head(db, bot_id, chat):
         head = real(db, bot_id, chat)
         if chat == chat_id and not cancelling:
-            act = lambda: statuses.append(cancel(http, pair[0]))  # noqa: E731
-            cancelling.append(factoryapp.start_thread("cancelling", act))
+            cancelling.append(
+                factoryapp.start_thread(
+                    "cancelling", lambda: statuses.append(cancel(http, pair[0]))
+                )
+            )
             cancelling[0].join(0.2)
             assert statuses == []
         return head
@@ -9671,16 +9674,13 @@ def test_administration_of_a_database_that_others_hold_gives_up_in_a_sentence(
     log_in(http, "alice")
 
 
-def accounts(folder, *arguments, **options):
-    """What --accounts prints."""
-    command = [sys.executable, HERE / "factoryapp.py", "--db", folder / "factoryapp.db"]
-    return subprocess.run(
-        [*command, "--accounts", *arguments], capture_output=True, text=True, timeout=10, **options
-    )
+def run_accounts(folder):
+    """The exit code, standard output and standard error of --accounts."""
+    return run_program("--db", folder / "factoryapp.db", "--accounts")
 
 
 def test_accounts_are_listed_while_the_server_runs(start, tmp_path, monkeypatch):
-    assert accounts(tmp_path).stdout == "" and not (tmp_path / "factoryapp.db").exists()
+    assert run_accounts(tmp_path)[1] == "" and not (tmp_path / "factoryapp.db").exists()
     program = start()
     for name in ("carol", "alice", "Боб"):
         register(program.http, name)
@@ -9690,7 +9690,7 @@ def test_accounts_are_listed_while_the_server_runs(start, tmp_path, monkeypatch)
     with factoryapp.transaction() as db:
         factoryapp.set_chat(db, (4242, 7), 1, "token")
     assert factoryapp.main(["--db", factoryapp.settings.db, "--disable", "Боб"]) == 0
-    lines = [line.split("\t") for line in accounts(tmp_path).stdout.splitlines()]
+    lines = [line.split("\t") for line in run_accounts(tmp_path)[1].splitlines()]
     assert [line[:2] + line[3:4] + line[5:] for line in lines] == [
         ["alice", "2", "terminal", "active"],
         ["carol", "1", "4242", "active"],
@@ -9713,9 +9713,9 @@ def test_accounts_are_a_table_on_a_terminal(http, capfd, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"no database at all" * 100])
 def test_accounts_of_what_is_no_database_are_none_or_a_sentence(tmp_path, content):
     (tmp_path / "factoryapp.db").write_bytes(content)
-    listed = accounts(tmp_path)
-    assert (listed.returncode, listed.stdout) == ((2 if content else 0), "")
-    assert ("cannot be used" in listed.stderr) == bool(content) and "Traceback" not in listed.stderr
+    code, output, error = run_accounts(tmp_path)
+    assert (code, output) == ((2 if content else 0), "")
+    assert ("cannot be used" in error) == bool(content) and "Traceback" not in error
 
 
 @contextmanager
@@ -9871,13 +9871,14 @@ def test_scripts_of_the_readme_ask_in_the_terminal_and_get_the_answer(start, ans
     assert heard.endswith(said) and "night" not in heard and shell.returncode == 0
 
 
-def readme_scripts(program):
-    """What *For scripts* runs, against this program."""
+def readme_scripts(program, *starts):
+    """The lines of *For scripts* that begin so, or all, against this program."""
     section = re.search("\n## For scripts\n.*?\n## ", (HERE / "README.md").read_text(), re.DOTALL)
     section = (
         section[0].replace("http://127.0.0.1:8080", program.url).replace("after=17", "after=0")
     )
-    return "\n".join(re.findall("^    (.*)", section, re.MULTILINE))
+    lines = re.findall("^    (.*)", section, re.MULTILINE)
+    return "\n".join(line for line in lines if line.startswith(starts or ""))
 
 
 @needs_curl
@@ -9885,25 +9886,22 @@ def readme_scripts(program):
     "line, sentence", [("date |", "not stored: curl ended with 22\n"), ("question=", "401\n")]
 )
 def test_scripts_of_the_readme_that_are_refused_say_so_and_fail(start, line, sentence):
-    script = readme_scripts(start()).replace("--retry 5", "--retry 1")
-    lines = [text for text in script.split("\n") if text.startswith((line, "API="))]
-    with in_a_shell("\n".join(["exec 2>&1", "AUTH=wrong", *lines])) as shell:
+    script = readme_scripts(start(), "API=", line).replace("--retry 5", "--retry 1")
+    with in_a_shell(f"exec 2>&1\nAUTH=wrong\n{script}") as shell:
         heard = shell.communicate(timeout=10)[0]
     assert shell.returncode != 0 and heard.endswith(sentence) and heard.count("\n") == 1
 
 
 @needs_curl
-def test_script_of_the_readme_outlives_a_restart_and_is_silent(start, tmp_path):
+def test_script_of_the_readme_outlives_a_restart_and_is_silent(start):
     program = start()
     alice = join(program.http, "alice")
-    port = program.address[1]
-    script = [text for text in readme_scripts(program).split("\n") if not text.startswith("curl")]
+    script = readme_scripts(program, "API=", "date |")
     assert program.end()[0] == 0
-    lines = [text for text in script if text.startswith(("date |", "API="))]
     auth = f"AUTH='Authorization: {alice['Authorization']}'"
-    with in_a_shell("\n".join(["exec 2>&1", auth, *lines])) as shell:
+    with in_a_shell(f"exec 2>&1\n{auth}\n{script}") as shell:
         time.sleep(0.5)
-        program = start("--port", str(port))
+        program = start("--port", str(program.address[1]))
         assert shell.communicate(timeout=20)[0] == "" and shell.returncode == 0
     assert len(list_messages(program.http, alice)) == 1
 
