@@ -8355,6 +8355,20 @@ def test_of_answers_that_nobody_reads_no_more_is_kept_than_a_bound(
     assert 3 < sum(take_all(sock).count(b'"text":"x') == 15 for sock in socks) < 30
 
 
+def test_long_list_comes_in_chunks_only_in_http_1_1(http, tmp_path):
+    headers = join(http, "alice")
+    store_much(tmp_path, 100, 16_000)
+    for version in ("1.0", "1.1"):
+        sent = {**headers, "Connection": "close"}
+        answer = talk(http, raw("GET", "/api/messages/", sent, version=version))
+        head, _, body = answer.removesuffix(b"EOF").partition(b"\r\n\r\n")
+        assert (b"Transfer-Encoding: chunked" in head) == (version == "1.1")
+        assert body.startswith(b"[" if version == "1.0" else b"1\r\n[\r\n")
+        assert body.endswith(b"]" if version == "1.0" else b"1\r\n]\r\n0\r\n\r\n")
+        if version == "1.0":
+            assert len(json.loads(body)) == 100
+
+
 def test_head_of_a_long_list_is_a_head_alone(http, tmp_path):
     headers = join(http, "alice")
     store_much(tmp_path, 100, 16_000)
