@@ -299,6 +299,8 @@ NOT_LINKED = f"""\
 
 {HOW_TO_GET_A_TOKEN}"""
 LINKED_TO = "Этот чат привязан к аккаунту {username}. Отвязать его: /stop"
+LINKED_ELSEWHERE = "Аккаунт {username} теперь привязан к другому чату, а этот чат отвязан."
+FORWARDED_TOKEN = "Пересланный токен я не принимаю: скопируйте его и пришлите сами."
 STOP_FIRST = (
     "Этот чат привязан к аккаунту {username}. Чтобы привязать другой аккаунт, пришлите сначала "
     "/stop, а потом токен."
@@ -1218,8 +1220,8 @@ def set_edited(db, chat, message_id, text):
 
 
 def add_message(db, **columns):
-    """Store a message. Returns its id."""
-    return db.insert("messages", created_at=iso(now()), **columns).lastrowid
+    """Store a message, written now unless `columns` say otherwise. Returns its id."""
+    return db.insert("messages", **{"created_at": iso(now()), **columns}).lastrowid
 
 
 # Messages as they are answered, in UTF-8, each after its id.
@@ -1602,19 +1604,24 @@ SETTLE_SENT = (
     UPDATE messages SET delivery = 'sent'
     WHERE id = :message_id AND delivery = 'queued' AND :is_last AND NOT :is_own_copy
     """,
-    """
+)
+ADD_RELAYED = """
     INSERT OR REPLACE INTO relayed (bot_id, chat_id, telegram_message_id, message_id)
     SELECT :bot_id, :chat_id, :telegram_message_id, id FROM messages
     WHERE id = :message_id AND :telegram_message_id IS NOT NULL
-    """,
-)
+    """
 
 
 def settle_sent(db, delivery, telegram_message_id):
-    """The delivery is done: forget it, but remember what a reply to it would answer."""
+    """Delete a delivery that was sent, and remember what a reply to it would answer."""
     values = {**delivery, "telegram_message_id": telegram_message_id}
-    for statement in SETTLE_SENT:
+    for statement in (*SETTLE_SENT, ADD_RELAYED):
         db.execute(statement, values)
+
+
+def add_relayed(db, **columns):
+    """Remember which message a person's Telegram message, if it has an id, has become."""
+    db.run(ADD_RELAYED, **columns)
 
 
 def settle_later(db, delivery, pause, error, is_missing):
@@ -1936,10 +1943,12 @@ def wait_to_send(db, sender, recipients, text, is_scheduled=False):
 
 
 def link_chat(db, chat, user_id, token):
-    """The chat speaks for this user from now on. What is queued for an earlier chat moves here."""
+    """Link the chat to this user. The user's earlier chat is told, and its queue moves here."""
     earlier_chat = find_chat(db, user_id)
     if earlier_chat and tuple(earlier_chat) != chat:
         move_queue(db, earlier_chat, chat)
+        if earlier_chat["bot_id"] == chat[0]:
+            queue_text(db, earlier_chat, LINKED_ELSEWHERE.format(**find_user(db, user_id)))
     set_chat(db, chat, user_id, token)
 
 
@@ -2148,9 +2157,15 @@ LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")
 # The same within a text, whatever it leans on.
 SHOWN_TOKEN = re.compile(f"(?=({LINK_TOKEN.pattern}))")
 SHOWN_TOKENS = 100  # that are looked up, at most
-MEDIA = (
-    "animation audio contact dice document location paid_media photo poll sticker story venue "
-    "video video_note voice"
+# Kinds of message that Telegram writes by itself: the library's list, and those that it lacks.
+SERVICE = {
+    *telebot.util.content_type_service,
+    *"connected_website gift passport_data successful_payment unique_gift web_app_data".split(),
+}
+# Where a rich message has its words, in the order of reading (Bot API, RichBlock and RichText).
+RICH_FIELDS = (
+    "label summary text expression alternative_text blocks items cells buttons button caption "
+    "credit"
 ).split()
 
 
@@ -2171,22 +2186,43 @@ def clean(text):
 
 
 HEARD = (
-    "chat text shown number kind place update_id message_id is_medium is_forwarded replied_id "
-    "replied_text query_id data thread_id was_group"
+    "chat text shown number kind place update_id message_id written_at is_wordless is_forwarded "
+    "replied_id replied_text query_id data thread_id"
 )
 
 
 class Heard(namedtuple("Heard", HEARD, defaults=[None] * 15)):
-    """What was done in a chat with the bot: all that the conversation knows of it.
+    """An event in a chat with the bot: all that the conversation knows of it.
 
-    read_update() makes it of what Telegram sends, the terminal of a line. It has `chat`, a (bot id,
-    chat id), and where it applies: `text` as it was written; `shown`, the text or the caption of a
-    medium, with the addresses of its links; `number`, the id of the message that a line in the
-    terminal answers; `kind` of update; `place`, the type of the chat; `update_id`; `message_id`;
-    `is_medium`; `is_forwarded`; `replied_id`, Telegram's id of the message it replies to, and
-    `replied_text`, the text of that if the bot wrote it; `query_id` and `data` of a pressed button;
-    `thread_id`, the topic of a forum group; `was_group`, if the chat has become a supergroup.
+    read_update() makes one of an update of Telegram's, the terminal of a typed line. Each has a
+    `chat`, (bot id, chat id). The other fields are None where they do not apply: `text`, as a
+    person wrote it; `shown`, the text or caption with the addresses of its links; `number`, the id
+    of the message that a line in the terminal answers; `kind` of update; `place`, the type of the
+    chat; `update_id`; `message_id`; `written_at`, in seconds since 1970; `is_wordless`, if a person
+    sent something that is no text; `is_forwarded`; `replied_id`, Telegram's id of the replied
+    message, and `replied_text`, its text if the bot wrote it; `query_id` and `data` of a pressed
+    button; `thread_id`, the topic of a forum group.
     """
+
+
+def read_rich(part, separator=""):
+    """Return the words of a part of a rich message. `separator` joins the elements of a list."""
+    if isinstance(part, list):
+        # A list of blocks has dictionaries, a table has lists (its rows), a text has strings too.
+        return separator.join(read_rich(element, separator and " ") for element in part)
+    if not isinstance(part, dict):
+        return part if isinstance(part, str) else ""
+    words = [read_rich(part.get(name), "\n" * name.endswith("s")) for name in RICH_FIELDS]
+    text = (" " if "label" in part else "\n").join(filter(None, words))
+    return text + show_link(pick(part, "url", str), text)
+
+
+def read_text(message):
+    """Return the text of a message, None if it has none. Newer clients send lists and tables."""
+    text = pick(message, "text", str)
+    if text is None:
+        text = clean(read_rich(pick(message, "rich_message", dict))) or None
+    return text
 
 
 def read_update(bot_id, update):
@@ -2197,45 +2233,47 @@ def read_update(bot_id, update):
     message = pick(event, "message", dict) or event
     chat, replied = pick(message, "chat", dict), pick(message, "reply_to_message", dict)
     is_ours = pick(pick(replied, "from", dict), "id", int) == bot_id
-    text, update_id = pick(message, "text", str), pick(update, "update_id", int)
+    sender, update_id = pick(event, "from", dict), pick(update, "update_id", int)
+    is_bot, date = pick(sender, "is_bot", bool), pick(message, "date", int)
+    text = read_text(message)
     entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
     # Without "is_topic_message" it is a thread of replies.
     is_topic = not replied or pick(message, "is_topic_message", bool)
     return Heard(
         chat=(bot_id, pick(chat, "id", int)),
-        text=text,
+        # Two bots would answer each other for ever.
+        text=None if is_bot else text,
         shown=show_links(text or pick(message, "caption", str) or "", entities),
         kind=kind,
         place=pick(chat, "type", str),
         update_id=update_id,
         # A message without an id of its own is told apart by its update.
         message_id=pick(message, "message_id", int) or -(update_id or 0),
-        is_medium=any(map(message.get, MEDIA)),
+        written_at=date if date and date > 0 else None,
+        is_wordless=sender and not is_bot and text is None and SERVICE.isdisjoint(message),
         is_forwarded=pick(message, "forward_origin", dict) or pick(message, "forward_date", int),
         replied_id=pick(replied, "message_id", int),
-        replied_text=(pick(replied, "text", str) or "") if is_ours else None,
+        replied_text=(read_text(replied) or "") if is_ours else None,
         query_id=pick(event, "id", str),
         data=pick(event, "data", str),
         thread_id=pick(message, "message_thread_id", int) if is_topic else None,
-        was_group=pick(message, "migrate_from_chat_id", int),
     )
 
 
 def converse(db, heard):
     """Let a text from a private chat take effect. Returns the bot's answer, or None.
 
-    What was forwarded is a quotation, never a command or a token.
+    A forwarded text is a quotation, never a command or a token.
     """
-    chat, text = heard.chat, heard.text
+    chat, text = heard.chat, heard.text.strip()
     user = find_chat_user(db, chat)
-    command = COMMAND.fullmatch(text.strip())
+    if answer := use_token(db, heard, user):
+        return answer
+    command = None if heard.is_forwarded else COMMAND.fullmatch(text)
     name, argument = command.groups("") if command else ("", "")
     name = name.lower()
-    token = argument if name == "start" else text.strip()
-    if heard.is_forwarded:
-        name = token = ""
-    if LINK_TOKEN.fullmatch(token) and (answer := use_token(db, chat, user, token)):
-        return answer
+    if user and user["token_hash"] == sha256(argument or text) and not heard.is_forwarded:
+        return LINKED_TO.format(**user)
     if name == "help":
         return HELP + (ANSWER_BY_NUMBER if chat[0] == Terminal.id else "")
     if name == "start" and not argument:
@@ -2244,7 +2282,7 @@ def converse(db, heard):
         return NOT_LINKED
     if name == "start":
         return WRONG_TOKEN
-    if name == "stop":
+    if name == "stop" and not argument:
         unlink_chat(db, chat, "the chat was unlinked with /stop")
         return UNLINKED.format(**user)
     if name:
@@ -2252,17 +2290,26 @@ def converse(db, heard):
     return note(db, heard, user)
 
 
-def use_token(db, chat, user, token):
-    """Return the answer to a link token that is alive, or has linked this chat; else None."""
-    owner = find_link_token_user(db, token)
-    if owner and user and owner["id"] != user["id"]:
-        return STOP_FIRST.format(**user)
-    if owner:
+def find_tokens(heard):
+    """Return what looks like a link token, anywhere in a text."""
+    return SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
+
+
+def use_token(db, heard, user):
+    """Link the chat if a live link token is in the text. Returns the bot's answer, or None.
+
+    `user` is the user that the chat is linked to, or None.
+    """
+    for token in find_tokens(heard):
+        if not (owner := find_link_token_user(db, token)):
+            continue
+        if heard.is_forwarded:
+            return None if user else FORWARDED_TOKEN
+        if user and owner["id"] != user["id"]:
+            return STOP_FIRST.format(**user)
         spend_link_token(db, token)
-        link_chat(db, chat, owner["id"], token)
+        link_chat(db, heard.chat, owner["id"], token)
         return LINKED.format(**owner)
-    if user and user["token_hash"] == sha256(token):
-        return LINKED_TO.format(**user)
     return None
 
 
@@ -2277,7 +2324,18 @@ def note(db, heard, user):
         return UNKNOWN_REPLY if heard.number is None else NO_SUCH_NUMBER
     if wait := wait_to_send(db, user, [recipient], heard.shown):
         return TOO_FAST.format(seconds=wait, **recipient)
-    _, delivery = relay(db, user, recipient, heard.shown, "telegram", reply_to=reply_to)
+    created_at = iso(min(now(), heard.written_at or math.inf))
+    message_id, delivery = relay(
+        db, user, recipient, heard.shown, "telegram", reply_to=reply_to, created_at=created_at
+    )
+    bot_id, chat_id = heard.chat
+    add_relayed(
+        db,
+        bot_id=bot_id,
+        chat_id=chat_id,
+        telegram_message_id=heard.message_id,
+        message_id=message_id,
+    )
     if delivery == "unlinked":
         return NO_CHAT.format(**recipient)
     return None
@@ -2293,15 +2351,20 @@ def show_links(text, entities):
     for entity in entities:
         url, offset = pick(entity, "url", str), pick(entity, "offset", int)
         length = pick(entity, "length", int)
-        if not url or offset is None or not length or not 0 <= offset < offset + length:
+        if offset is None or not length or not 0 <= offset < offset + length:
             continue
-        end = 2 * (offset + length)
-        if end <= len(units) and url.split("://", 1)[-1].strip("/") not in text:
-            links.append((end, url))
-    for end, url in sorted(links, reverse=True):
+        end, link = 2 * (offset + length), show_link(url, text)
+        if end <= len(units) and link:
+            links.append((end, link))
+    for end, link in sorted(links, reverse=True):
         before = units[:end].decode("utf-16-le", "ignore")
-        text = f"{before} ({url}){text[len(before) :]}"
+        text = before + link + text[len(before) :]
     return text
+
+
+def show_link(url, text):
+    """Return the address of a link in brackets, or "" if there is none or the text shows it."""
+    return f" ({url})" if url and url.split("://", 1)[-1].strip("/") not in text else ""
 
 
 def find_addressee(db, heard, user):
@@ -2364,7 +2427,7 @@ def receive(heard):
 def hear_once(db, heard):
     """Take in a message from a private chat, unless it was heard before."""
     chat, text = heard.chat, heard.text
-    if text is None and not heard.is_medium:
+    if text is None and not heard.is_wordless:
         return
     if not add_heard(db, chat, heard.message_id, text):
         return
@@ -2379,16 +2442,11 @@ def overhear(db, heard):
 
     A group is told in the topic that linking is for private chats, once a month; a channel nothing.
     """
-    limit = {heard.chat: GROUP_ANSWERS}
-    if heard.was_group:
-        # It was told before it became a supergroup.
-        group_limiter.try_once(limit)
-    tokens = SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
-    seen = [token for token in tokens if spend_link_token(db, token)]
-    is_said = heard.kind == "message" and (heard.text or heard.is_medium)
+    seen = [token for token in find_tokens(heard) if spend_link_token(db, token)]
+    is_said = heard.kind == "message" and (heard.text or heard.is_wordless)
     if heard.place not in ("group", "supergroup") or not (seen or is_said):
         return
-    is_first = not group_limiter.try_once(limit)
+    is_first = not group_limiter.try_once({heard.chat: GROUP_ANSWERS})
     if seen or is_first:
         answer = TOKEN_SEEN if seen else PRIVATE_ONLY
         queue_text(db, heard.chat, answer, thread_id=heard.thread_id)

@@ -1670,6 +1670,7 @@ def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(
     head = factoryapp.find_head(factoryapp.connection(), telegram.id, chat_id)
     assert chat_id == 7 and factoryapp.turns.claim(7, head)  # a sender is at it
     assert say(telegram, bot_api, 9, link_token(http, headers)) == []
+    elsewhere = factoryapp.LINKED_ELSEWHERE.format(username="alice")
     if is_sent:
         factoryapp.settle(factoryapp.settle_sent, head, 55)
         factoryapp.turns.give_back(7, None)
@@ -1680,7 +1681,7 @@ def test_what_is_in_flight_is_sent_to_the_new_chat_only_if_it_failed(
     deliver_all(telegram)
     *moved, answer = bot_api.texts(9)
     assert [text[-3:] for text in moved] == ["one", "two"][is_sent:] and "успешно" in answer
-    assert bot_api.texts(7) == []
+    assert bot_api.texts(7) == ([elsewhere] if is_sent else [])
 
 
 def test_what_waits_for_a_chat_stays_when_it_is_linked_again_to_its_account(
@@ -3618,13 +3619,15 @@ def test_text_that_is_none_is_silence(http, telegram, bot_api, linked):
 
 UNKNOWN_CONTENT = [
     {"checklist": {"title": "t", "tasks": []}},
-    {"gift": {"gift": {"id": "g"}}},
-    {"giveaway": {}, "giveaway_winners": {}},
+    {"giveaway": {}},
     {"game": {"title": "chess"}},
     {"invoice": {"title": "bill", "total_amount": 5}},
     {"hologram": {"of": 2027}},
     {"hologram": "x", "caption": "/stop"},
     {"photo": []},
+    {"rich_message": {"blocks": [{"type": "photo", "photo": [{"file_id": "a"}]}]}},
+    {"rich_message": {"blocks": 5}},
+    {"service_of_2027": {"text": "x"}},
     {},
 ]
 SERVICE = [
@@ -3655,13 +3658,15 @@ SERVICE = [
     {"web_app_data": {"data": "x", "button_text": "y"}},
     {"checklist_tasks_done": {}},
     {"direct_message_price_changed": {}},
-    {"service_of_2027": {"text": "x"}},
+    {"gift": {"gift": {"id": "g"}}},
+    {"unique_gift": {}},
+    {"giveaway_winners": {}},
 ]
 
 
 @pytest.mark.parametrize("chat_type", ["private", "group", "supergroup", "channel"])
-def test_what_is_no_text_and_no_media_is_silence(http, telegram, bot_api, caplog, chat_type):
-    for content in UNKNOWN_CONTENT + SERVICE:
+def test_what_telegram_says_itself_is_silence(http, telegram, bot_api, caplog, chat_type):
+    for content in SERVICE:
         assert say(telegram, bot_api, 7, chat_type=chat_type, **content) == [], content
     assert caplog.text == "" and not count("heard")
     # And a group has not used up its one answer.
@@ -3670,6 +3675,213 @@ def test_what_is_no_text_and_no_media_is_silence(http, telegram, bot_api, caplog
     assert said == [
         answer for answer in [answers.get(chat_type, factoryapp.PRIVATE_ONLY)] if answer
     ]
+
+
+def test_whatever_a_person_sends_without_words_is_answered_that_the_bot_reads_text_only(
+    http, telegram, bot_api, clock, linked, caplog
+):
+    for content in UNKNOWN_CONTENT:
+        clock.move(6)
+        assert say(telegram, bot_api, 7, **content) == [factoryapp.TEXT_ONLY], content
+        clock.move(6)
+        assert say(telegram, bot_api, 7, **content, **{"from": None}) == []
+    assert stored_texts(http, linked) == [] and caplog.text == ""
+
+
+PARAGRAPH = {"type": "paragraph", "text": "Смена"}
+BOLD = {"type": "bold", "text": ["4", {"type": "italic", "text": "Б"}]}
+RICH = [
+    ([PARAGRAPH], "Смена"),
+    (
+        [PARAGRAPH, {"type": "heading", "size": 1, "text": ["Линия ", BOLD, "!"]}],
+        "Смена\nЛиния 4Б!",
+    ),
+    (
+        [
+            {
+                "type": "list",
+                "items": [
+                    {"label": "1.", "blocks": [PARAGRAPH, PARAGRAPH]},
+                    {
+                        "label": "2.",
+                        "blocks": [{"type": "list", "items": [{"blocks": [PARAGRAPH]}]}],
+                    },
+                ],
+            }
+        ],
+        "1. Смена\nСмена\n2. Смена",
+    ),
+    (
+        [
+            {
+                "type": "table",
+                "cells": [
+                    [{"align": "left", "text": "a"}, {"text": BOLD}],
+                    [{"valign": "top"}, {"text": "b"}],
+                ],
+                "caption": "c",
+            }
+        ],
+        "a 4Б\n b\nc",
+    ),
+    ([{"type": "details", "summary": "s", "blocks": [PARAGRAPH], "is_open": True}], "s\nСмена"),
+    ([{"type": "blockquote", "blocks": [PARAGRAPH], "credit": BOLD}], "Смена\n4Б"),
+    (
+        [{"type": "photo", "photo": [{"file_id": "x"}], "caption": {"text": "t", "credit": "c"}}],
+        "t\nc",
+    ),
+    ([{"type": "pre", "text": "x = 1", "language": "python"}, {"type": "divider"}], "x = 1\n"),
+    ([{"type": "mathematical_expression", "expression": "x^2"}], "x^2"),
+    ([{"type": "paragraph", "text": [{"type": "custom_emoji", "alternative_text": "👍"}]}], "👍"),
+    ([{"type": "buttons", "buttons": [{"text": "да"}, {"text": "нет"}]}], "да\nнет"),
+    ([{"type": "paragraph", "text": {"type": "button", "button": {"text": "да"}}}], "да"),
+    (
+        [
+            {
+                "type": "paragraph",
+                "text": ["к ", {"type": "url", "text": "сайту", "url": "https://a.b"}],
+            }
+        ],
+        "к сайту (https://a.b)",
+    ),
+    ([{"type": "block_of_2027", "blocks": [PARAGRAPH]}, 5, None, "x"], "Смена\n\n\nx"),
+]
+
+
+def test_words_of_a_rich_message_are_a_text(http, telegram, bot_api, clock, linked):
+    for blocks, text in RICH:
+        clock.move(1)
+        said = say(telegram, bot_api, 7, rich_message={"blocks": blocks})
+        assert said == [own_copy(text).strip()], blocks
+    assert stored_texts(http, linked) == [text for _, text in RICH]
+    token = link_token(http, join(http, "bob"))
+    rich = {"blocks": [{"type": "paragraph", "text": ["мой ", {"type": "code", "text": token}]}]}
+    assert say(telegram, bot_api, -1, chat_type="group", rich_message=rich) == [
+        factoryapp.TOKEN_SEEN
+    ]
+    assert say(telegram, bot_api, 8, token) == [factoryapp.NOT_LINKED]
+    token = link_token(http, log_in(http, "bob"))
+    rich = {
+        "blocks": [
+            {
+                "type": "paragraph",
+                "text": {"type": "url", "text": "ссылка", "url": f"https://t.me/b?start={token}"},
+            }
+        ]
+    }
+    assert say(telegram, bot_api, 8, rich_message=rich) == [
+        factoryapp.LINKED.format(username="bob")
+    ]
+    edit = {"edit": bot_api.message_id, "rich_message": {"blocks": [PARAGRAPH]}}
+    assert say(telegram, bot_api, 8, **edit) == [factoryapp.EDITED]
+
+
+def test_link_token_is_found_wherever_it_stands_in_a_private_text(http, telegram, bot_api, clock):
+    alice = join(http, "alice")
+    for around in (
+        '"{}"',
+        "https://t.me/factory_test_bot?start={}",
+        '{{"telegram_token":"{}","expires_at":"2026-11-23T18:18:26Z"}}',
+        "{}\u200b",
+        "токен: {}, вот",
+        "/start  {}\n",
+        "/stop {}",
+        "x" * 60 + "{}",
+    ):
+        clock.move(1)
+        said = say(telegram, bot_api, 7, around.format(link_token(http, alice)))
+        assert said[-1] == factoryapp.LINKED.format(username="alice"), around
+    assert list_messages(http, alice) == []
+    bobs, link = (
+        link_token(http, join(http, "bob")),
+        {"type": "text_link", "offset": 0, "length": 4},
+    )
+    link["url"] = f"https://t.me/factory_test_bot?start={bobs}"
+    assert say(telegram, bot_api, 7, "сюда", entities=[link]) == [
+        factoryapp.STOP_FIRST.format(username="alice")
+    ]
+    assert say(telegram, bot_api, 8, "сюда", entities=[link]) == [
+        factoryapp.LINKED.format(username="bob")
+    ]
+
+
+def test_bots_are_not_answered_and_cannot_link(http, telegram, bot_api, linked):
+    a_bot = {"from": {"id": 7, "is_bot": True, "first_name": "Bot"}}
+    token = link_token(http, join(http, "bob"))
+    for chat_id in (7, 8):
+        for text in ("hello", "/start", "/stop", token, None):
+            assert say(telegram, bot_api, chat_id, text, **a_bot) == []
+        assert say(telegram, bot_api, chat_id, photo=[{"file_id": "a"}], **a_bot) == []
+        bot_api.write(chat_id, "again", edit=bot_api.message_id, **a_bot)
+        assert say(telegram, bot_api, chat_id, "x", chat_type="group", **a_bot) == []
+    assert stored_texts(http, linked) == []
+    assert say(telegram, bot_api, 7, "x") == [own_copy("x")]
+
+
+def test_stop_with_words_behind_it_stops_nothing(http, telegram, bot_api, clock, linked):
+    for text in ("/stop линию 4", "/STOP now", "/stop@factory_test_bot x", "/stop\nx"):
+        clock.move(1)
+        assert say(telegram, bot_api, 7, text) == [factoryapp.UNKNOWN_COMMAND]
+    assert stored_texts(http, linked) == []
+    assert "отвязан" in say(telegram, bot_api, 7, " /Stop@factory_test_bot ")[0]
+
+
+def test_text_is_as_old_as_telegram_says_and_never_of_the_future(
+    http, telegram, bot_api, clock, linked
+):
+    at = int(clock.seconds)
+    for date, seconds in (
+        (at - 5 * 3600, at - 5 * 3600),
+        (1, 1),
+        (at + 60, None),
+        (0, None),
+        (-5, None),
+        (2**62, None),
+        (-(2**62), None),
+        ("x", None),
+        (None, None),
+    ):
+        clock.move(1)
+        say(telegram, bot_api, 7, "x", date=date)
+        written_at = list_messages(http, linked)[-1]["created_at"]
+        assert written_at == factoryapp.iso(clock.seconds if seconds is None else seconds), date
+
+
+def test_reply_to_ones_own_words_goes_where_they_went(http, telegram, bot_api, pair):
+    say(telegram, bot_api, 7, "себе")
+    alone = bot_api.message_id
+    post(http, pair[1], "привет", recipient="alice")
+    deliver_all(telegram)
+    [hello] = copies(bot_api, 7, "привет")
+    say(telegram, bot_api, 7, "ответ", reply_to=hello)
+    mine = {"message_id": bot_api.message_id, "date": 0, "chat": PRIVATE, "text": "ответ"}
+    mine["from"] = {"id": 7, "is_bot": False}
+    assert "и ещё" in say(telegram, bot_api, 7, "и ещё", reply_to_message=mine)[0]
+    say(telegram, bot_api, 7, "себе же", reply_to_message={**mine, "message_id": alone})
+    say(telegram, bot_api, 7, "неизвестно", reply_to_message={**mine, "message_id": 9})
+    assert links(http, pair[0]) == [
+        ("alice", "alice", "себе", None),
+        ("bob", "alice", "привет", None),
+        ("alice", "bob", "ответ", 2),
+        ("alice", "bob", "и ещё", 3),
+        ("alice", "alice", "себе же", 1),
+        ("alice", "alice", "неизвестно", None),
+    ]
+    assert bot_api.texts(8)[-1].endswith("и ещё")
+
+
+def test_earlier_chat_of_an_account_is_told_that_it_is_linked_elsewhere(
+    http, telegram, bot_api, linked
+):
+    link_chat(http, telegram, bot_api, linked, 9)
+    elsewhere = factoryapp.LINKED_ELSEWHERE.format(username="alice")
+    assert bot_api.texts(7)[-1] == elsewhere
+    link_chat(http, telegram, bot_api, linked, 9)
+    assert bot_api.texts(7).count(elsewhere) == 1 and elsewhere not in bot_api.texts(9)
+    with factoryapp.transaction() as db:
+        factoryapp.link_chat(db, (5, 9), 1, "of another bot")
+    deliver_all(telegram)
+    assert elsewhere not in bot_api.texts(9)
 
 
 MEDIA = {
@@ -3830,7 +4042,9 @@ def test_what_was_forwarded_is_a_message_and_never_a_command_or_token(
         clock.move(1)
         for text in texts:
             assert say(telegram, bot_api, 7, text, **content) == [own_copy(text)], content
-            assert say(telegram, bot_api, 9, text, **content) == [factoryapp.NOT_LINKED]
+            is_token = bobs in text
+            answer = factoryapp.FORWARDED_TOKEN if is_token else factoryapp.NOT_LINKED
+            assert say(telegram, bot_api, 9, text, **content) == [answer]
     assert stored_texts(http, linked) == texts * len(FORWARDED)
     assert say(telegram, bot_api, 9, bobs) == [factoryapp.LINKED.format(username="bob")]
 
@@ -3946,13 +4160,6 @@ def test_group_is_answered_in_the_topic_where_it_spoke(http, telegram, bot_api, 
         said = say(telegram, bot_api, chat_id, token, chat_type="supergroup", **content)
         assert said == [factoryapp.PRIVATE_ONLY, factoryapp.TOKEN_SEEN], content
         assert bot_api.threads[-2:] == [thread, thread], content
-
-
-def test_group_that_becomes_a_supergroup_is_told_once(http, telegram, bot_api):
-    assert say(telegram, bot_api, -1, "x", chat_type="group") == [factoryapp.PRIVATE_ONLY]
-    where = {"chat_type": "supergroup", "migrate_from_chat_id": -1}
-    assert say(telegram, bot_api, -1001, **where) == []
-    assert say(telegram, bot_api, -1001, "x", chat_type="supergroup") == []
 
 
 def test_senseless_migration_of_a_group_is_none(http, telegram, bot_api, caplog):
