@@ -88,6 +88,7 @@ try:
 
     import jwt
     import telebot
+    import urllib3.util.connection
     from bottle import (
         HTTP_CODES,
         Bottle,
@@ -198,6 +199,8 @@ SENDS_PER_SECOND = 30  # Telegram's limit for one bot
 # At once: with more, the network's jitter would make a second of more than SENDS_PER_SECOND.
 SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
+CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next
+FAMILY_SECONDS = 3600  # in which only the address family that works is tried
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
@@ -209,6 +212,9 @@ MISSING_SECONDS = 600  # until "chat not found" is believed
 HEARD_SECONDS = 3 * 24 * 3600
 UPKEEP_SECONDS = 0.5  # between two rounds of it
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
+OUTAGE_FAILURES = 3  # of polls in a row: a gateway may cut each long one
+WEBHOOK_SECONDS = 3600  # in which a second webhook is another program's, which health names
+PRESSES_AT_ONCE = 16  # that are answered; each takes a thread
 
 # The server
 CONNECTIONS = 200
@@ -2498,6 +2504,11 @@ def name_failure(error):
     return f"{reason}, {kind}{WHAT_MENDS.get(kind, '')}"
 
 
+# Descriptions of a 400 that blames the text, its entities or its buttons.
+TEXT_IS_REFUSED = re.compile("text|empty|too.long|utf-8|entit|button|keyboard|markup", re.I)
+create_connection = urllib3.util.connection.create_connection
+
+
 class Telegram(Home):
     """The bot's home where people meet it: long polling in, sendMessage out.
 
@@ -2515,14 +2526,37 @@ class Telegram(Home):
         self.refusal = None  # error_code of Telegram's, while it refuses the bot
         self.started = ticks()
         self.failures = 0  # calls of run() that failed in a row
-        apihelper.API_URL = api_url.rstrip("/") + "/bot{0}/{1}"
+        self.is_away = False  # not only one call has failed
+        self.webhook_until = 0  # WEBHOOK_SECONDS after the last webhook was deleted, in ticks
+        self.presses = threading.Semaphore(PRESSES_AT_ONCE)
+        self.family, self.family_until = socket.AF_UNSPEC, 0
+        # The address may have been copied with the words that are put behind it.
+        api_url = re.sub(r"(/+bot([\d<{$].*)?)?/*$", "", api_url)
+        apihelper.API_URL = api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
         apihelper.READ_TIMEOUT = SEND_TIMEOUT_SECONDS
+        urllib3.util.connection.create_connection = self.connect
+        urllib3.util.connection.allowed_gai_family = self.find_family
 
     def is_well(self):
         """Whether Telegram has answered lately, and takes the token."""
         silent = ticks() - (self.answered or self.started)
         return not self.refusal and silent <= SILENT_SECONDS
+
+    def find_family(self):
+        """Return the family of the addresses to try, as urllib3's allowed_gai_family()."""
+        return self.family if ticks() < self.family_until else socket.AF_UNSPEC
+
+    def connect(self, *args, **kwargs):
+        """Connect as urllib3's create_connection(), and remember the address family that works.
+
+        IPv6 may swallow what IPv4 delivers, and each new connection would wait for it.
+        """
+        began_at = time.monotonic()
+        sock = create_connection(*args, **kwargs)
+        if time.monotonic() - began_at >= CONNECT_SECONDS:
+            self.family, self.family_until = sock.family, ticks() + FAMILY_SECONDS
+        return sock
 
     def request(self, method, url, params, files, timeout, proxies):
         """Send telebot's requests. Raises TelegramError.
@@ -2532,10 +2566,12 @@ class Telegram(Home):
         arguments = {"data": params} if method == "post" else {"params": params}
         session, failure = apihelper._get_req_session(), None
         try:
+            timeout = CONNECT_SECONDS, timeout[1]
             answer = session.request(method, url, timeout=timeout, proxies=proxies, **arguments)
         except Exception as error:
             failure = name_failure(error)
         if failure:
+            self.family_until = 0
             # What is left of the connection is not to be trusted. Raised here and not above: the
             # URL would be in its __context__.
             apihelper._get_req_session(reset=True)
@@ -2559,6 +2595,10 @@ class Telegram(Home):
         description = description.replace(self.secret, "…")
         parameters = pick(answer, "parameters", dict)
         wait = pick(parameters, "retry_after", int, float)
+        # It may be a string, or stand in the description alone.
+        said = f"{pick(parameters, 'retry_after', str)}, {description}"
+        if wait is None and (told := re.search(r"(?:^|retry after )(\d{1,9})\b", said, re.I)):
+            wait = int(told[1])
         told = wait if wait and wait > 0 else None
         raise TelegramError(pick(answer, "error_code", int), description, told)
 
@@ -2590,9 +2630,11 @@ class Telegram(Home):
                 reply_markup=keyboard,
             )
         except TelegramError as error:
-            what_follows = {400: "never", 403: "gone"}.get(error.code, "later")
+            what_follows = "gone" if error.code == 403 else "later"
             if error.code == 400 and "chat not found" in str(error).lower():
                 what_follows = "missing"
+            elif error.code == 400 and TEXT_IS_REFUSED.search(str(error)):
+                what_follows = "never"
             raise NotSent(str(error), what_follows, error.retry_after) from None
         return pick(sent, "message_id", int)
 
@@ -2627,21 +2669,19 @@ class Telegram(Home):
         )
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
-        is_reached = True
         for update in updates:
             heard = read_update(self.id, update)
             said = receive_or_skip(heard)
-            if heard.query_id and is_reached:
-                is_reached = self.answer_press(heard, said)
+            if heard.query_id and self.presses.acquire(blocking=False):
+                start_thread("press", self.answer_press, heard, said)
         is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
 
     def answer_press(self, heard, said):
         """Tell the user who pressed a button that it was noticed; the buttons go, unless too late.
 
-        Returns False if Telegram cannot be reached: the next answers may hang as well.
+        In a thread of its own: the call may hang.
         """
-        is_reached = True
         calls = [(apihelper.answer_callback_query, heard.query_id, said)]
         if said is None:
             calls.append((apihelper.edit_message_reply_markup, heard.chat[1], heard.message_id))
@@ -2649,15 +2689,13 @@ class Telegram(Home):
             try:
                 call(self.token, *arguments)
             except TelegramError as error:
-                is_reached = error.code is not None
                 log.info(f"a pressed button was not answered: {error}")
-        return is_reached
+        self.presses.release()
 
     def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
         if error.code == 409 and "webhook" in str(error).lower():
-            log.warning("this bot has a webhook, which keeps it from polling: deleting it")
-            return partial(apihelper.delete_webhook, self.token)
+            return self.note_webhook()
         self.refusal = error.code if error.code in (401, 404, 409) else None
         self.error = f"polling failed: {error}"
         if error.code == 409:
@@ -2667,8 +2705,21 @@ class Telegram(Home):
                 f"Telegram refuses TELEGRAM_BOT_TOKEN ({error}): get the right one from @BotFather "
                 "and start again. The HTTP API goes on, deliveries wait."
             )
-        log.log(logging.ERROR if self.refusal else logging.WARNING, self.error)
+        if self.refusal or self.is_away:
+            log.log(logging.ERROR if self.refusal else logging.WARNING, self.error)
         return None
+
+    def note_webhook(self):
+        """Tell the operator of a webhook. Returns what deletes it.
+
+        A second one within the hour is another program's, and named for an hour.
+        """
+        log.warning("this bot has a webhook, which keeps it from polling: deleting it")
+        if ticks() < self.webhook_until:
+            self.refusal = 409
+            self.error = "another program sets a webhook for this bot: end it, or use another bot"
+        self.webhook_until = ticks() + WEBHOOK_SECONDS
+        return partial(apihelper.delete_webhook, self.token)
 
     def run(self, stop):
         """Poll until told to stop; when Telegram comes back, so do the deliveries."""
@@ -2678,15 +2729,18 @@ class Telegram(Home):
             try:
                 if step() is False:
                     pause = 1
-                if self.failures:
+                if self.is_away:
                     log.warning("Telegram answers again")
                     turns.hurry()
-                if not self.failures or self.refusal != 409:
+                is_webhook = ticks() < self.webhook_until and "webhook" in (self.error or "")
+                if self.refusal != 409 or not (self.failures or is_webhook):
                     # One call in two succeeds while another process polls.
                     self.error = self.refusal = None
                 step, self.failures, self.answered = self.poll, 0, ticks()
+                self.is_away = False
             except Exception as error:
                 self.failures += 1
+                self.is_away = self.failures >= OUTAGE_FAILURES or not self.answered
                 pause = backoff(self.failures, POLL_BACKOFF_MAX_SECONDS)
                 if isinstance(error, TelegramError):
                     step = self.note_failure(error) or step

@@ -38,6 +38,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
 import jwt
 import pytest
+import urllib3
 from waitress import wasyncore
 
 # The mark "long" (see only_when_asked_for), and WebTest's WebOb on Python 3.11 and 3.12.
@@ -464,10 +465,18 @@ def link_chat(http, telegram, bot_api, headers, chat_id):
     assert "успешно привязаны" in say(telegram, bot_api, chat_id, link_token(http, headers))[-1]
 
 
+def end_presses():
+    """Wait until the presses that were taken in are answered."""
+    for thread in threading.enumerate():
+        if thread.name == "press":
+            thread.join(10)
+
+
 def press(telegram, bot_api, chat_id, message_id, n=0, **fields):
     """Press a button, let the bot take that in; what it says to that."""
     pressed = bot_api.press(chat_id, message_id, n, **fields)
     telegram.poll()
+    end_presses()
     deliver_all(telegram)
     return [said for query, said in bot_api.answers if query == pressed]
 
@@ -2272,7 +2281,19 @@ def test_send_at_waits_and_lets_others_pass(http, telegram, bot_api, clock, link
         ],
         *[
             {**RETRY_AFTER_9, "parameters": {"retry_after": value}}
-            for value in (-1, -0.5, "x", "9", None, math.inf, -math.inf, math.nan, 1e300, True, [9])
+            for value in (
+                -1,
+                -0.5,
+                "x",
+                "-9",
+                None,
+                math.inf,
+                -math.inf,
+                math.nan,
+                1e300,
+                True,
+                [9],
+            )
         ],
         b"<html>502 Bad Gateway</html>",
         (403, b"<html>403 Forbidden</html>"),
@@ -2446,8 +2467,38 @@ def test_odd_answer_to_a_send_counts_as_sent_once(http, telegram, bot_api, linke
     assert len(bot_api.sent) == 1 and list_messages(http, bob)[0]["delivery"] == "sent"
 
 
+@pytest.mark.parametrize(
+    "description, is_final",
+    [
+        ("Bad Request: message text is empty", True),
+        ("Bad Request: text must be non-empty", True),
+        ("Bad Request: message is too long", True),
+        ("Bad Request: MESSAGE_TOO_LONG", True),
+        ("Bad Request: can't parse entities: unexpected end", True),
+        ("Bad Request: ENTITY_BOUNDS_INVALID", True),
+        ("Bad Request: BUTTON_DATA_INVALID", True),
+        ("Bad Request: REPLY_MARKUP_TOO_LONG", True),
+        ("Bad Request: strings must be encoded in UTF-8", True),
+        ("Logged out", False),
+        ("Bad Request: FROZEN_METHOD_INVALID", False),
+        ("Bad Request: Group send failed", False),
+        ("Bad Request: method is not allowed now", False),
+        ("Bad Request", False),
+    ],
+)
+def test_only_a_400_that_blames_the_text_is_final(
+    http, telegram, bot_api, clock, linked, description, is_final
+):
+    bot_api.failures[7].append({"error_code": 400, "description": description})
+    post(http, linked, "one")
+    deliver_all(telegram)
+    clock.move(2)
+    deliver_all(telegram)
+    assert list_messages(http, linked)[0]["delivery"] == ("failed" if is_final else "sent")
+
+
 def test_odd_description_is_kept_as_the_reason(http, telegram, bot_api, linked):
-    bot_api.failures[7].append({"error_code": 400, "description": "Bad \ud800"})
+    bot_api.failures[7].append({"error_code": 400, "description": "Bad text \ud800"})
     post(http, linked, "one")
     deliver_all(telegram)
     assert list_messages(http, linked)[0]["delivery"] == "failed"
@@ -3443,18 +3494,33 @@ def test_press_counts_once_whatever_telegram_says_to_what_the_bot_does_then(
     assert links(http, pair[1])[1:] == [("bob", "alice", "Да", 1)]
 
 
-def test_answers_to_presses_that_hang_hold_up_polling_once(
-    http, telegram, bot_api, monkeypatch, pair
-):
-    monkeypatch.setattr(factoryapp.apihelper, "READ_TIMEOUT", 0.2)
+def test_answers_to_presses_that_hang_hold_up_nobody(http, telegram, bot_api, monkeypatch, pair):
+    monkeypatch.setattr(factoryapp, "PRESSES_AT_ONCE", 3)
+    telegram.__init__(BOT_TOKEN, bot_api.url)
     ask(http, telegram, pair[0])
     [asked] = copies(bot_api, 8, "Стоп?")
-    bot_api.failures["answerCallbackQuery"].extend([600] * 5)
-    for n in range(5):
-        bot_api.press(8, asked, data=f"1:{n + 2}")
-    assert len(say(telegram, bot_api, 7, "слышно?")) == 1
-    assert len(bot_api.failures["answerCallbackQuery"]) == 4
+    hanging = bot_api.failures["answerCallbackQuery"]
+    hanging.extend([600] * 2)
+    pressed = [bot_api.press(8, asked, data=f"1:{n + 2}") for n in range(2)]
+    began_at = time.monotonic()
+    assert len(say(telegram, bot_api, 7, "слышно?")) == 1  # behind the presses
+    bot_api.wait_for(lambda: not hanging)
+    pressed.append(bot_api.press(8, asked, data="1:4"))
+    telegram.poll()
+    bot_api.wait_for(lambda: bot_api.answers == [(pressed[2], factoryapp.TOO_LATE)])
+    assert time.monotonic() - began_at < 5
+    # More threads than may hang are not started; what is pressed is taken in all the same.
+    hanging.append(600)
+    bot_api.press(8, asked, data="1:5")
+    telegram.poll()
+    bot_api.wait_for(lambda: not hanging)
+    bot_api.press(8, asked)
+    telegram.poll()
+    assert links(http, pair[1])[1:] == [("bob", "alice", "Да", 1)]
+    assert sum(thread.name == "press" for thread in threading.enumerate()) == 3
     bot_api.hung_up.set()
+    end_presses()
+    assert len(bot_api.answers) == 1
 
 
 def test_press_that_cannot_be_stored_comes_again_and_is_answered_then(
@@ -3469,6 +3535,7 @@ def test_press_that_cannot_be_stored_comes_again_and_is_answered_then(
             telegram.poll()
     assert bot_api.answers == [] and len(bot_api.keyboards) == 1
     telegram.poll()
+    end_presses()
     assert bot_api.answers == [("5", None)] and len(list_messages(http, pair[0])) == 2
 
 
@@ -4561,6 +4628,33 @@ def test_senseless_retry_after_leaves_polling_its_own_pause(telegram, bot_api, r
     assert 1 <= stop.pauses[-1] <= 2
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"parameters": {"retry_after": "9"}},
+        {"parameters": {"retry_after": 9.0}},
+        {"parameters": {"retry_after": "9"}, "description": "Flood: retry after 5"},
+        {"parameters": {}, "description": "Too Many Requests: retry after 9"},
+        {"parameters": None, "description": "Too Many Requests: Retry after 9 seconds"},
+        {"parameters": {"retry_after": None}, "description": "retry after 9"},
+    ],
+)
+def test_seconds_to_wait_are_obeyed_wherever_they_stand(
+    http, telegram, bot_api, clock, linked, told
+):
+    refused = {"error_code": 429, "description": "Too Many Requests", **told}
+    bot_api.failures["getUpdates"].append(refused)
+    stop = StopAtPause()
+    telegram.run(stop)
+    assert stop.pauses == [9]
+    bot_api.failures[7].append(refused)
+    post(http, linked, "one")
+    for seconds, attempts in ((0, 1), (8.9, 1), (0.2, 2)):
+        clock.move(seconds)
+        deliver_all(telegram)
+        assert tries(bot_api, 7) == 1 + attempts
+
+
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
 def test_bot_api_server_of_ones_own_is_reached_by_its_certificate(
     telegram, bot_api, monkeypatch, tmp_path
@@ -4687,6 +4781,101 @@ def test_webhook_that_keeps_the_bot_from_polling_is_deleted(telegram, bot_api, m
         bot_api.wait_for(lambda: not bot_api.updates)
     deliver_all(telegram)
     assert bot_api.webhook is None and bot_api.texts(7) == [factoryapp.GREETING]
+
+
+def test_webhook_that_another_program_sets_again_is_named_for_an_hour(
+    http, telegram, bot_api, clock, caplog
+):
+    def run(pauses):
+        # Each webhook takes a pause; so does each poll that brings nothing.
+        bot_api.failures["getUpdates"].extend([NOTHING_NEW] * 5)
+        telegram.run(StopAtPause(pauses))
+        bot_api.failures.clear()
+        return http.get("/health/").json
+
+    bot_api.webhook = "https://factory.example/hook"
+    assert run(3)["bot_error"] is None  # the first may be an old one of ours
+    clock.move(1800)
+    telegram.answered = clock.seconds
+    bot_api.webhook = "https://factory.example/hook"
+    health = run(4)
+    assert "another program sets a webhook" in health["bot_error"]
+    assert (health["status"], health["bot_reachable"]) == ("degraded", False)
+    clock.move(3601)
+    assert run(3)["bot_error"] is None
+    # From then on it is as if nothing had been.
+    bot_api.webhook = "https://factory.example/hook"
+    assert run(3)["bot_error"] is None
+
+
+def test_gateway_that_cuts_each_long_poll_is_no_outage(telegram, bot_api, clock, caplog):
+    caplog.set_level("WARNING")
+    hurried = factoryapp.turns.back_at
+    bot_api.failures["getUpdates"].append(NOTHING_NEW)
+    telegram.run(StopAtPause())  # reached for the first time
+    for _ in range(5):
+        bot_api.failures["getUpdates"].extend([(504, b"<html>"), NOTHING_NEW])
+        telegram.run(StopAtPause(2))
+    assert caplog.text == "" and factoryapp.turns.back_at == hurried
+    bot_api.failures["getUpdates"].extend([(504, b"<html>")] * 3 + [NOTHING_NEW])
+    telegram.run(StopAtPause(4))
+    assert "answered 504" in caplog.text and "answers again" in caplog.text
+    assert factoryapp.turns.back_at > hurried
+
+
+@pytest.fixture
+def two_families(monkeypatch, bot_api):
+    """Telegram has two addresses: what is sent to the IPv6 one is swallowed, until told."""
+    tried, swallowing, port = [], {"::1"}, bot_api.server.server_port
+
+    class IPv6(BotApiServer):
+        address_family = socket.AF_INET6
+
+    server = IPv6(("::1", port), BotApiHandler)
+    server.bot_api = bot_api
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def look_up(host, _, family=0, *args, **kwargs):
+        addresses = [(socket.AF_INET6, ("::1", port, 0, 0)), (socket.AF_INET, ("127.0.0.1", port))]
+        return [(of, socket.SOCK_STREAM, 6, "", a) for of, a in addresses if family in (0, of)]
+
+    class Socket(socket.socket):
+        def connect(self, address):
+            tried.append(address[0])
+            if address[0] in swallowing:
+                time.sleep(self.gettimeout())
+                raise TimeoutError("timed out")
+            super().connect(address)
+
+    monkeypatch.setattr(factoryapp, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "socket", Socket)
+    yield tried, swallowing
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(not urllib3.util.connection.HAS_IPV6, reason="needs IPv6 on loopback")
+def test_address_family_that_works_is_used_by_all(telegram, clock, two_families):
+    tried, swallowing = two_families
+    telegram.__init__(BOT_TOKEN, "http://api.telegram.test")
+
+    def call_anew():
+        """The addresses that a sender without a connection tries."""
+        tried.clear()
+        factoryapp.apihelper._get_req_session(reset=True)
+        factoryapp.apihelper.get_me(BOT_TOKEN)
+        return tried
+
+    assert call_anew() == ["::1", "127.0.0.1"]
+    assert call_anew() == ["127.0.0.1"] == call_anew()
+    clock.move(3601)
+    assert call_anew() == ["::1", "127.0.0.1"]
+    swallowing.add("127.0.0.1")  # the other way round
+    with pytest.raises(factoryapp.TelegramError):
+        call_anew()
+    swallowing.remove("::1")
+    assert call_anew() == ["::1"] == call_anew()
 
 
 @contextmanager
@@ -9569,6 +9758,20 @@ def test_blanks_around_a_setting_do_not_count_and_an_empty_variable_is_none(star
         FACTORYAPP_HOST=" ", FACTORYAPP_SECRET="", FACTORYAPP_LOG_LEVEL=" error\r", **env
     )
     program.wait_for("bot: @factory_test_bot on Telegram")
+
+
+@pytest.mark.parametrize(
+    "behind",
+    ["", "/", "//", "/bot", "/bot/", "/bot<token>", f"/bot{BOT_TOKEN}/getMe", "/bot{0}/{1}"],
+)
+def test_api_url_that_was_copied_with_more_than_the_address_works(configure, bot_api, behind):
+    env = {"TELEGRAM_BOT_TOKEN": BOT_TOKEN, "TELEGRAM_API_URL": bot_api.url + behind}
+    _, home = configure(**env)
+    home.introduce()
+    assert home.name == "@factory_test_bot"
+    for path in ("/bots", "/bot/v2", "/botany"):
+        configure(**{**env, "TELEGRAM_API_URL": f"https://x.example{path}/"})
+        assert factoryapp.apihelper.API_URL == f"https://x.example{path}/bot{{0}}/{{1}}"
 
 
 def test_secrets_may_be_in_files(start, bot_api, tmp_path):
