@@ -135,6 +135,7 @@ REGISTRATIONS_PER_ADDRESS = 100, 3
 MESSAGES_TO_ANOTHER = 100, 1
 TEXT_ONLY_ANSWERS = 1, 5  # in a chat
 GROUP_ANSWERS = 1, 30 * 24 * 3600  # that linking is for private chats
+TLS_WARNINGS = 1, 60
 LIMITER_KEYS = 10_000  # that are remembered
 
 # What clients send. The MAX_ lengths are code points.
@@ -374,8 +375,11 @@ def find_cut(text, limit):
 # None ends before a mark, or a jamo of Hangul, that belongs to it, unless there are hundreds.
 PIECE = re.compile(r".{1,300}(?![^\w\s!-\u02ff\u2100-\u2bff]|[\u1161-\u11c2])|.{1,300}", re.DOTALL)
 
-# What Telegram strips or trims: to it, a text of nothing else is empty.
-NOTHING = re.compile("[\\s\x00-\x1f\x7f-\x9f\u2028-\u202e\u030a\u0333\u033f]*")
+# What Telegram strips or trims, and what nobody sees: to Telegram, a text of nothing else is empty.
+NOTHING = re.compile(
+    "[\\s\x00-\x1f\x7f-\x9f\xad\u030a\u0333\u033f\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]*"
+)
 
 
 def split_text(text, username=""):
@@ -1067,13 +1071,14 @@ def add_key(db, user_id, name, key, expires_at):
 
 
 def list_keys(db, user_id):
-    """A user's keys, as they are answered."""
+    """Return a user's keys that have not expired, as they are answered."""
     return db.run(
         """
         SELECT id, name, created_at, expires_at, last_used_on FROM api_keys
-        WHERE user_id = ? ORDER BY id
+        WHERE user_id = ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY id
         """,
         user_id,
+        iso(now()),
     ).fetchall()
 
 
@@ -1373,6 +1378,13 @@ def find_page_end(db, listing, page, order):
     return db.execute(f"{listing.ids} {end}", page).fetchall()
 
 
+def find_last_id(db, listing):
+    """Return the last id that a row of the listing's table was given, or 0."""
+    table = "users" if listing is USERS else "messages"
+    last = db.one("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
+    return last["seq"] if last else 0
+
+
 def list_rows(db, listing, page):
     """The listing's rows, read as they are taken."""
     rows = db.cursor()
@@ -1459,6 +1471,7 @@ def delete_all_scheduled(db, sender_id):
 FORGET = {
     "blacklisted_tokens": ("jti", "expires_at < :now"),
     "link_tokens": ("user_id", "expires_at < :now"),
+    "api_keys": ("id", "expires_at < :now_iso"),
     "heard": ("bot_id, chat_id, message_id", "heard_at < :heard_before"),
     "idempotency_keys": ("user_id, key", "used_at < :used_before"),
     # The first of those that do not wait: those behind them are not older.
@@ -1478,6 +1491,7 @@ def forget_some(db):
     """Delete some of what is old. Returns False if there was nothing."""
     values = {
         "now": now(),
+        "now_iso": iso(now()),
         "heard_before": now() - HEARD_SECONDS,
         "used_before": now() - IDEMPOTENCY_SECONDS,
         "kept_from": iso(now() - settings.keep_days * 86_400) if settings.keep_days else "",
@@ -1851,7 +1865,7 @@ class Limiter:
 
 
 login_limiter, registration_limiter = Limiter(), Limiter()
-message_limiter, text_only_limiter, group_limiter = Limiter(), Limiter(), Limiter()
+message_limiter, said_limiter = Limiter(), Limiter()
 
 
 # --- Outbox ---------------------------------------------------------------------------------------
@@ -2439,7 +2453,7 @@ def hear_once(db, heard):
         return
     if text is not None:
         hear(db, heard)
-    elif not text_only_limiter.try_once({chat: TEXT_ONLY_ANSWERS}):
+    elif not said_limiter.try_once({chat: TEXT_ONLY_ANSWERS}):
         queue_text(db, chat, TEXT_ONLY)
 
 
@@ -2452,7 +2466,7 @@ def overhear(db, heard):
     is_said = heard.kind == "message" and (heard.text or heard.is_wordless)
     if heard.place not in ("group", "supergroup") or not (seen or is_said):
         return
-    is_first = not group_limiter.try_once({heard.chat: GROUP_ANSWERS})
+    is_first = not said_limiter.try_once({heard.chat: GROUP_ANSWERS})
     if seen or is_first:
         answer = TOKEN_SEEN if seen else PRIVATE_ONLY
         queue_text(db, heard.chat, answer, thread_id=heard.thread_id)
@@ -3239,7 +3253,8 @@ PAGE_HEADERS = {
 app = Bottle()
 # Bottle's own plugins: routes answer through ours.
 app.uninstall(True)
-response.default_content_type = "application/json"
+# Windows PowerShell 5.1 and others would read Latin-1.
+response.default_content_type = "application/json; charset=utf-8"
 # Bodies stay in memory: Bottle would keep longer ones in temporary files.
 type(request).MEMFILE_MAX = MAX_MESSAGE_BODY_BYTES
 
@@ -3275,8 +3290,8 @@ def refuse_for(wait):
 # Another one at each start: a database that was restored counts changes anew.
 STARTED = secrets.token_hex(4)
 
-# What we answer is nobody else's, and nothing but what it says it is.
-PRIVATE_HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+# Of an answer with an ETag: the client's own cache may keep it, and has to ask each time.
+ASK_AGAIN = "private, no-cache"
 
 
 def encode_json(value):
@@ -3384,7 +3399,7 @@ def run(said, route, values):
     """Sign in, read what was sent, and call the route. Returns what it returns."""
     user = said.sign_in()
     if said.query:
-        values |= read_fields(said.query, request.query_string and request.query)
+        values |= read_fields(said.query, request.query if request.query_string else {})
     if said.body:
         values |= read_fields(said.body, read_body(said), user)
     if local.answer.pool != "patient":
@@ -3653,6 +3668,15 @@ class Text(Field):
             yield f"Surrogate characters are not allowed: U+{ord(surrogate[0]):X}."
 
 
+class ButtonText(Text):
+    """A text that Telegram shows on a button."""
+
+    def errors_of(self, text, username):
+        yield from super().errors_of(text, username)
+        if NOTHING.fullmatch(text):
+            yield "Nothing of this can be seen."
+
+
 class NewUsername(Text):
     """A username that nobody can take for another's."""
 
@@ -3664,6 +3688,8 @@ class NewUsername(Text):
                 "Enter a valid username. This value may contain only letters, numbers, and "
                 "@/./+/-/_ characters."
             )
+            if " " in text and media_type() == FORM:
+                yield 'In a form, "+" is a blank: send %2B.'
         yield from super().errors_of(text, username)
         words = {word for c in text[:MAX_USERNAME] for word in unicodedata.name(c, "").split()}
         if len(words & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
@@ -3753,19 +3779,19 @@ class Moment(Field):
 
 
 class Number(Field):
-    """An integer, of a query string too."""
+    """An integer, of a query string too. It may be written as 3.0, as in the original."""
 
     type = "integer"
 
     def read(self, value, username=None):
-        if not re.fullmatch("-?[0-9]{1,20}", str(value)):
+        if not (digits := re.fullmatch("(-?[0-9]{1,20})(?:[.]0*)?", str(value))):
             raise Refused("A valid integer is required.")
-        least, most = self.schema["minimum"], self.schema["maximum"]
-        if int(value) < least:
+        number, least, most = int(digits[1]), self.schema["minimum"], self.schema["maximum"]
+        if number < least:
             raise Refused(f"Ensure this value is greater than or equal to {least}.")
-        if int(value) > most:
+        if number > most:
             raise Refused(f"Ensure this value is less than or equal to {most}.")
-        return int(value)
+        return number
 
 
 class Several(Field):
@@ -3803,16 +3829,16 @@ def read_fields(fields, sent, user=None):
     """
     values, errors = {}, {}
     for name, declared_field in fields.items():
-        if name not in sent:
+        value = sent.get(name)
+        if value is None:
             values[name] = None
             if declared_field.required:
-                errors[name] = ["This field is required."]
-        elif sent[name] is None:
-            errors[name] = ["This field may not be null."]
+                is_null = name in sent
+                errors[name] = [f"This field {'may not be null' if is_null else 'is required'}."]
         else:
             try:
                 username = user["username"] if user else values.get("username")
-                values[name] = declared_field.read(sent[name], username)
+                values[name] = declared_field.read(value, username)
             except Refused as refused:
                 errors[name] = list(refused.args)
     if errors:
@@ -3820,7 +3846,7 @@ def read_fields(fields, sent, user=None):
     return values
 
 
-MULTIPART = "multipart/form-data"
+FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 
 
 def media_type():
@@ -3870,7 +3896,7 @@ def read_form(said, kind):
     """
     if kind == MULTIPART:
         pairs = list(request.POST.allitems())
-    elif kind == "application/x-www-form-urlencoded":
+    elif kind == FORM:
         body = request.body.read()
         if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return read_json(body)
@@ -3959,6 +3985,9 @@ def answer_list(listing, user, **given):
     if "limit" in sent:
         end_page(listing, page, sent)
     _, is_whole, piece = read_piece(listing, page, LIST_ROWS, LIST_BYTES)
+    if not piece and page["after"] > find_last_id(connection(), listing):
+        sentence = "No id is so great: the database was restored from a copy. Start from 0."
+        raise HTTPError(400, {"after": [sentence]})
     return b"[%s]" % piece if is_whole else stream_rows(listing, page)
 
 
@@ -3971,8 +4000,9 @@ def answer_unchanged(user, wait):
     known = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if etag in known or known.strip() == "*":
         wait_for_news(user, wait)
-        raise HTTPResponse(status=304, ETag=etag)
+        raise HTTPResponse(status=304, ETag=etag, Cache_Control=ASK_AGAIN)
     response.set_header("ETag", etag)
+    response.set_header("Cache-Control", ASK_AGAIN)
 
 
 def wait_for_news(user, wait):
@@ -4457,7 +4487,7 @@ def list_all_users(user, **page):
         minimum=1, maximum=MAX_ID, description="The id of the message of yours that it answers."
     ),
     choices=Several(
-        Text(tidy=str.strip, maxLength=MAX_CHOICE),
+        ButtonText(tidy=str.strip, maxLength=MAX_CHOICE),
         2,
         MAX_CHOICES,
         example=["Да", "Нет"],
@@ -4805,6 +4835,9 @@ def show_openapi():
 POOLS = {"patient": 3, "lists": 2, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 
+TLS_HANDSHAKE = b"\x16\x03"  # how a client that speaks TLS begins (RFC 8446, section 5.1)
+
+
 class NotStored:
     """The error, as waitress has errors, of a round that was lost or a request that waited long."""
 
@@ -4846,6 +4879,10 @@ class StrictRequest(HTTPRequestParser):
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
+        # A list of words (RFC 9110, section 7.6.1).
+        words = re.findall("[^, ]+", self.headers.get("CONNECTION", "").lower())
+        persists = self.version == "1.1" or "keep-alive" in words
+        self.connection_close = "close" in words or not persists
 
 
 @lru_cache(1)
@@ -4927,16 +4964,22 @@ class Answer:
 
         The connection closes after an answer of unknown length.
         """
-        headers = [*self.headers, *PRIVATE_HEADERS, ("Date", http_date(int(time.time())))]
+        headers = {
+            # An answer is nobody else's, and nothing but what it says it is.
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Date": http_date(int(time.time())),
+            **dict(self.headers),
+        }
         is_1_1, has_body = self.request.version == "1.1", self.status[:3] not in ("204", "304")
-        if has_body and "Content-Length" not in dict(headers):
+        if has_body and "Content-Length" not in headers:
             self.closes = True
         if is_1_1 and self.pieces:
             # RFC 9112, section 7.1.
-            headers.append(("Transfer-Encoding", "chunked"))
+            headers["Transfer-Encoding"] = "chunked"
         if self.closes or not is_1_1:
-            headers.append(("Connection", "close" if self.closes else "Keep-Alive"))
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+            headers["Connection"] = "close" if self.closes else "Keep-Alive"
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.{is_1_1:d} {self.status}\r\n{lines}\r\n".encode("latin-1")
 
     def refuse(self, error):
@@ -4944,7 +4987,10 @@ class Answer:
         body = encode_json(
             {"detail": PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")}
         )
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        headers = [
+            ("Content-Type", response.default_content_type),
+            ("Content-Length", str(len(body))),
+        ]
         if error.code == 503:
             headers.append(("Retry-After", "5"))
         self.start(f"{error.code} {error.reason}", headers)
@@ -5016,6 +5062,11 @@ class Channel(wasyncore.dispatcher):
     def handle_read(self):
         is_idle = not (self.request or self.unread or self.answer)
         self.unread += self.recv(self.adj.recv_bytes)
+        if is_idle and self.unread.startswith(TLS_HANDSHAKE):
+            if not said_limiter.try_once({"TLS": TLS_WARNINGS}):
+                log.warning("a client speaks TLS (https://) to this port, which is plain HTTP")
+            self.handle_close()
+            return
         self.read()
         if is_idle and (self.request or self.answer):
             self.since = time.monotonic()

@@ -40,10 +40,11 @@ CREATE TABLE IF NOT EXISTS api_keys (
     name         TEXT NOT NULL CHECK (length(name) BETWEEN 1 AND 100),
     key_hash     BLOB NOT NULL UNIQUE,             -- SHA-256; the key itself is random 256 bits and kept nowhere
     created_at   TEXT NOT NULL,
-    expires_at   TEXT,                             -- NULL: never
+    expires_at   TEXT,                             -- NULL: never; past it the key is dead and the row may go
     last_used_on TEXT                              -- a date
 ) STRICT;
 CREATE INDEX IF NOT EXISTS api_keys_by_user ON api_keys (user_id);
+CREATE INDEX IF NOT EXISTS api_keys_by_expiry ON api_keys (expires_at) WHERE expires_at IS NOT NULL;
 
 -- The one-time tokens that link a chat: one a user, a new one takes the place of the old.
 CREATE TABLE IF NOT EXISTS link_tokens (
