@@ -201,7 +201,6 @@ SENDS_PER_SECOND = 30  # Telegram's limit for one bot
 SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
 CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next
-FAMILY_SECONDS = 3600  # in which only the address family that works is tried
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
@@ -2543,33 +2542,28 @@ class Telegram(Home):
         self.is_away = False  # not only one call has failed
         self.webhook_until = 0  # WEBHOOK_SECONDS after the last webhook was deleted, in ticks
         self.presses = threading.Semaphore(PRESSES_AT_ONCE)
-        self.family, self.family_until = socket.AF_UNSPEC, 0
         # The address may have been copied with the words that are put behind it.
         api_url = re.sub(r"(/+bot([\d<{$].*)?)?/*$", "", api_url)
         apihelper.API_URL = api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
         apihelper.READ_TIMEOUT = SEND_TIMEOUT_SECONDS
         urllib3.util.connection.create_connection = self.connect
-        urllib3.util.connection.allowed_gai_family = self.find_family
 
     def is_well(self):
         """Whether Telegram has answered lately, and takes the token."""
         silent = ticks() - (self.answered or self.started)
         return not self.refusal and silent <= SILENT_SECONDS
 
-    def find_family(self):
-        """Return the family of the addresses to try, as urllib3's allowed_gai_family()."""
-        return self.family if ticks() < self.family_until else socket.AF_UNSPEC
+    @staticmethod
+    def connect(*args, **kwargs):
+        """Connect as urllib3 does. Once IPv6 has swallowed what IPv4 delivers, try IPv4 alone.
 
-    def connect(self, *args, **kwargs):
-        """Connect as urllib3's create_connection(), and remember the address family that works.
-
-        IPv6 may swallow what IPv4 delivers, and each new connection would wait for it.
+        Otherwise each new connection would wait for IPv6.
         """
         began_at = time.monotonic()
         sock = create_connection(*args, **kwargs)
         if time.monotonic() - began_at >= CONNECT_SECONDS:
-            self.family, self.family_until = sock.family, ticks() + FAMILY_SECONDS
+            urllib3.util.connection.HAS_IPV6 = sock.family == socket.AF_INET6
         return sock
 
     def request(self, method, url, params, files, timeout, proxies):
@@ -2585,7 +2579,7 @@ class Telegram(Home):
         except Exception as error:
             failure = name_failure(error)
         if failure:
-            self.family_until = 0
+            urllib3.util.connection.HAS_IPV6 = socket.has_ipv6
             # What is left of the connection is not to be trusted. Raised here and not above: the
             # URL would be in its __context__.
             apihelper._get_req_session(reset=True)
@@ -2709,7 +2703,12 @@ class Telegram(Home):
     def note_failure(self, error):
         """Tell the operator what a failed poll means. What mends it, or None."""
         if error.code == 409 and "webhook" in str(error).lower():
-            return self.note_webhook()
+            log.warning("this bot has a webhook, which keeps it from polling: deleting it")
+            if ticks() < self.webhook_until:
+                self.refusal = 409
+                self.error = "another program sets a webhook for this bot: end it"
+            self.webhook_until = ticks() + WEBHOOK_SECONDS
+            return partial(apihelper.delete_webhook, self.token)
         self.refusal = error.code if error.code in (401, 404, 409) else None
         self.error = f"polling failed: {error}"
         if error.code == 409:
@@ -2722,18 +2721,6 @@ class Telegram(Home):
         if self.refusal or self.is_away:
             log.log(logging.ERROR if self.refusal else logging.WARNING, self.error)
         return None
-
-    def note_webhook(self):
-        """Tell the operator of a webhook. Returns what deletes it.
-
-        A second one within the hour is another program's, and named for an hour.
-        """
-        log.warning("this bot has a webhook, which keeps it from polling: deleting it")
-        if ticks() < self.webhook_until:
-            self.refusal = 409
-            self.error = "another program sets a webhook for this bot: end it, or use another bot"
-        self.webhook_until = ticks() + WEBHOOK_SECONDS
-        return partial(apihelper.delete_webhook, self.token)
 
     def run(self, stop):
         """Poll until told to stop; when Telegram comes back, so do the deliveries."""
@@ -3668,15 +3655,6 @@ class Text(Field):
             yield f"Surrogate characters are not allowed: U+{ord(surrogate[0]):X}."
 
 
-class ButtonText(Text):
-    """A text that Telegram shows on a button."""
-
-    def errors_of(self, text, username):
-        yield from super().errors_of(text, username)
-        if NOTHING.fullmatch(text):
-            yield "Nothing of this can be seen."
-
-
 class NewUsername(Text):
     """A username that nobody can take for another's."""
 
@@ -3750,23 +3728,21 @@ class Flag(Field):
 class Moment(Field):
     """A time in ISO 8601 from so many seconds ahead to so many. Read as seconds since 1970."""
 
-    pattern = r"(\d{4}-\d\d-\d\d[Tt]\d\d:\d\d(?::\d\d(?:\.\d{1,9})?)?)([Zz]|[+ -]\d\d:?\d\d)"
-
     def __init__(self, least=-math.inf, most=math.inf, **schema):
         super().__init__(format="date-time", **schema)
         self.least, self.most = least, most
 
     def read(self, value, username=None):
         try:
-            if not (moment := re.fullmatch(self.pattern, value)):
-                raise ValueError
             # In a form, "+" arrives as a blank.
-            zone = moment[2].upper().replace(" ", "+")
-            seconds = datetime.fromisoformat(moment[1] + zone).timestamp()
+            moment = datetime.fromisoformat(str(value).upper().replace(" ", "+"))
+            if not moment.tzinfo:
+                raise ValueError
+            seconds = moment.timestamp()
             if seconds > now():
                 # Raises where the year is none in UTC.
                 iso(seconds)
-        except (TypeError, ValueError, OverflowError):
+        except (ValueError, OverflowError):
             raise Refused(
                 "Datetime has wrong format. Use this format instead: "
                 "YYYY-MM-DDThh:mm[:ss[.uuuuuu]](+HH:MM|-HH:MM|Z)."
@@ -3815,6 +3791,11 @@ class Several(Field):
         if is_repeated or len(value) > longest or not self.least <= len(texts) <= self.most:
             raise Refused(f"Give {self.least} to {self.most} different items.")
         return texts
+
+
+def tidy_choice(text):
+    """The text of a button: trimmed, "" if nothing of it can be seen."""
+    return "" if NOTHING.fullmatch(text) else text.strip()
 
 
 def tidy_username(name):
@@ -4487,7 +4468,7 @@ def list_all_users(user, **page):
         minimum=1, maximum=MAX_ID, description="The id of the message of yours that it answers."
     ),
     choices=Several(
-        ButtonText(tidy=str.strip, maxLength=MAX_CHOICE),
+        Text(tidy=tidy_choice, maxLength=MAX_CHOICE),
         2,
         MAX_CHOICES,
         example=["Да", "Нет"],
@@ -4881,8 +4862,8 @@ class StrictRequest(HTTPRequestParser):
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
         # A list of words (RFC 9110, section 7.6.1).
         words = re.findall("[^, ]+", self.headers.get("CONNECTION", "").lower())
-        persists = self.version == "1.1" or "keep-alive" in words
-        self.connection_close = "close" in words or not persists
+        ends = self.version != "1.1" and "keep-alive" not in words
+        self.connection_close = ends or "close" in words
 
 
 @lru_cache(1)

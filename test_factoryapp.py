@@ -4857,7 +4857,7 @@ def two_families(monkeypatch, bot_api):
 
 
 @pytest.mark.skipif(not urllib3.util.connection.HAS_IPV6, reason="needs IPv6 on loopback")
-def test_address_family_that_works_is_used_by_all(telegram, clock, two_families):
+def test_address_family_that_works_is_used_by_all(telegram, two_families):
     tried, swallowing = two_families
     telegram.__init__(BOT_TOKEN, "http://api.telegram.test")
 
@@ -4870,13 +4870,11 @@ def test_address_family_that_works_is_used_by_all(telegram, clock, two_families)
 
     assert call_anew() == ["::1", "127.0.0.1"]
     assert call_anew() == ["127.0.0.1"] == call_anew()
-    clock.move(3601)
-    assert call_anew() == ["::1", "127.0.0.1"]
     swallowing.add("127.0.0.1")  # the other way round
     with pytest.raises(factoryapp.TelegramError):
         call_anew()
     swallowing.remove("::1")
-    assert call_anew() == ["::1"] == call_anew()
+    assert call_anew() == ["::1"] == call_anew()  # what has failed is looked at again
 
 
 @contextmanager
@@ -6898,7 +6896,8 @@ def test_longest_text_is_taken_in_any_encoding(http, character):
         ("silent", {}),
         ("silent", ""),
         ("send_at", "soon"),
-        ("send_at", "2027-01-15 12:00:00Z"),
+        ("send_at", "2027-01-15"),
+        ("send_at", "12:00:00Z"),
         ("send_at", "2027-01-15T12:00:00  03:00"),
         ("send_at", 5),
         ("send_at", "2027-01-15T12:00:00"),
@@ -7065,7 +7064,7 @@ SENSELESS_CHOICES = [
     ({"a": "b", "c": "d"}, "Expected a list of items."),
     (5, "Expected a list of items."),
     *[
-        (["Нет", unseen], "Nothing of this can be seen.")
+        (["Нет", unseen], "This field may not be blank.")
         for unseen in (
             "\u202e",
             "\u200b",
