@@ -58,6 +58,7 @@ import hashlib
 import ipaddress
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -230,6 +231,7 @@ UNSENT_BYTES = 64 * 1024**2  # of all answers together
 WAITING = 100  # requests that wait for news at once
 WAITING_OF_A_USER = 10
 STOP_SECONDS = 1  # what a clean stop grants to those at work
+LOG_LINES = 2000  # that wait to be written
 
 DESCRIPTION = "An HTTP API whose messages a Telegram bot repeats in linked chats."
 
@@ -248,6 +250,23 @@ class settings:
     connections = CONNECTIONS  # fewer, where few files may be open
 
 
+log_lines = queue.Queue(LOG_LINES)
+
+
+class LogHandler(logging.handlers.QueueHandler):
+    """Puts what is logged into log_lines, as it is."""
+
+    def prepare(self, record):
+        return record
+
+
+def write_log(handler):
+    """Write log_lines, in a thread of its own: it may be that nobody reads standard error."""
+    while record := log_lines.get():
+        handler.handle(record)
+        log_lines.task_done()
+
+
 def now():
     """Seconds since 1970."""
     return time.time()
@@ -258,11 +277,32 @@ def ticks():
     return time.monotonic()
 
 
+class BadSetting(Exception):
+    """The server cannot start as it was told to; the text tells the operator what to do."""
+
+
 def start_thread(name, target, *args):
-    """Start a thread that ends with the process. Returns it."""
+    """Start a thread that ends with the process. Returns it.
+
+    Raises BadSetting if the system allows no more threads.
+    """
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BadSetting(f"{error}: allow 100 more (ulimit -u, or TasksMax).") from None
     return thread
+
+
+def end(code):
+    """End the process as soon as the log is written, or nobody reads it.
+
+    At once: Python's own end would wait for threads that write, and crash on those that read.
+    """
+    ends_at = ticks() + STOP_SECONDS / 2
+    while log_lines.unfinished_tasks and ticks() < ends_at:
+        time.sleep(0.01)
+    os._exit(code)
 
 
 def iso(seconds):
@@ -607,10 +647,6 @@ class news:
 # db:` shows what is atomic. A `chat` is (bot id, chat id).
 
 
-class BadSetting(Exception):
-    """The server cannot start as it was told to; the text tells the operator what to do."""
-
-
 class AlreadyRunning(BadSetting):
     """Another process has the database."""
 
@@ -785,7 +821,7 @@ def fsync_or_exit():
     except sqlite3.Error as error:
         if "FSYNC" in getattr(error, "sqlite_errorname", ""):
             log.critical("the disk failed to store what was written: ending. Mend it, then start")
-            os._exit(1)
+            end(1)
         raise
 
 
@@ -2117,10 +2153,13 @@ def run_outbox(home, stop):
     while not stop.is_set():
         chat_id = turns.take(wait_seconds=1)
         if chat_id is not None:
-            if senders < len(turns.busy):
-                senders += 1
-                start_thread("sender", run_sender, home, chats)
             chats.put(chat_id)
+        try:
+            if senders < len(turns.busy):
+                start_thread("sender", run_sender, home, chats)
+                senders += 1
+        except BadSetting as error:
+            log.warning(f"{senders} threads send, no more: {error}")
     for _ in range(senders):
         chats.put(None)
 
@@ -2783,8 +2822,7 @@ class Terminal(Home):
 
     def run(self, stop):
         """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
-        # Unbuffered: a daemon thread that sleeps in a buffered read crashes the interpreter's exit.
-        stdin = sys.stdin and open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+        stdin = sys.stdin and sys.stdin.buffer
         while not stop.is_set():
             line = None
             try:
@@ -5571,10 +5609,14 @@ def listen(host, port):
 
 
 class Plain(logging.Formatter):
-    """A message is one line: what clients sent that cannot be printed is shown as in "\\x1b"."""
+    """A message is one line: what clients sent that cannot be printed is shown as in "\\x1b".
+
+    What looks like a key, a link token, a bot token or a part of a JWT is masked.
+    """
 
     @staticmethod
     def show(text):
+        text = re.sub("[A-Za-z0-9_-]{35,}", "…", text)
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
     def formatMessage(self, record):
@@ -5589,7 +5631,10 @@ def prepare_process():
     os.umask(0o077)
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    start_thread("log", write_log, handler)
+    # Lines for which there is no room are lost: to say so would wait for room, too.
+    logging.raiseExceptions = False
+    logging.basicConfig(level=logging.WARNING, handlers=[LogHandler(log_lines)])
     # These print URLs, and with them the bot's token.
     for noisy in ("urllib3", "TeleBot"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
@@ -5704,8 +5749,7 @@ def serve(sock, home):
     """Start everything, serve until SIGTERM or Ctrl-C, end cleanly."""
     stop = threading.Event()
     server = Server(sock)
-    numbers = signal.SIGTERM, signal.SIGINT
-    for number in numbers:
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     if hasattr(signal, "SIGTTIN"):
         # Or reading the terminal from the background would stop the process.
@@ -5719,9 +5763,6 @@ def serve(sock, home):
     )
     start_workers(home, stop)
     server.serve()
-    for number in numbers:
-        # Python removes our handlers as it ends: another signal would then kill the process.
-        signal.signal(number, signal.SIG_IGN)
     sock.close()
     stop.set()
     # Not the polling thread, which may sleep in its call: what it has not received comes again.
@@ -5731,8 +5772,8 @@ def serve(sock, home):
 
 def main(argv=None):
     """Do what the command line says. Returns the exit code."""
-    prepare_process()
     try:
+        prepare_process()
         check_sqlite()
         allow_files()
         arguments, home = read_settings(argv)
@@ -5754,14 +5795,14 @@ def main(argv=None):
             return 0
         sock = listen(arguments.host, int(arguments.port))
         open_store()
+        serve(sock, home)
     except (BadSetting, sqlite3.Error) as error:
         said = error if isinstance(error, BadSetting) else cannot_be_used(error)
         print(f"factoryapp: {said}", file=sys.stderr)
         return 2
-    serve(sock, home)
     lock.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

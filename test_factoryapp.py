@@ -9759,6 +9759,29 @@ def test_with_few_files_it_works_by_fewer_connections(start, files):
         sock.close()
 
 
+@as_root
+@pytest.mark.parametrize("threads, code", [(1, 2), (5, 2), (15, 0)])
+def test_with_few_threads_it_says_so_or_works(tmp_path, threads, code):
+    tmp_path.chmod(0o777)
+    may_read = "=+dac_override,+dac_read_search"
+    as_another = "--reuid=54321 --regid=54321 --clear-groups".split()
+    prefix = ["setpriv", *as_another, f"--inh-caps{may_read}", f"--ambient-caps{may_read}"]
+    prefix += ["prlimit", f"--nproc={threads}"]
+    if code:
+        database = str(tmp_path / "factoryapp.db")
+        assert run_program("--db", database, "--port", "0", prefix=prefix) == (
+            2,
+            "",
+            "factoryapp: can't start new thread: allow 100 more (ulimit -u, or TasksMax).\n",
+        )
+        return
+    with closing(Program(tmp_path, prefix=prefix)) as program:
+        headers = join(program.http, "alice")
+        program.type(link_token(program.http, headers))
+        program.wait_for("успешно привязаны")  # by the one sender that there is a thread for
+        assert program.end()[0] == 0
+
+
 def test_with_too_few_files_it_says_how_many_it_needs():
     code, _, err = run_program(prefix=allow_files(240))
     assert code == 2 and "240 open files are too few: allow 440 (ulimit" in err
@@ -10515,6 +10538,62 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
         assert secret not in log
 
 
+def test_log_that_nobody_reads_holds_up_nobody(tmp_path):
+    reads, writes = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, HERE / "factoryapp.py", "--db", tmp_path / "factoryapp.db", "--port", "0"]
+        + ["--log-level", "info"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=writes,
+    ) as process:
+        host, port = re.search(rb"http://(.+):(\d+)", process.stdout.readline()).groups()
+        client = HTTPConnection(host.decode(), int(port), timeout=5)
+        with closing(client):
+            for _ in range(factoryapp.LOG_LINES + 1500):  # the pipe takes 64 KiB
+                client.request("GET", "/x")
+                assert client.getresponse().read()
+        process.terminate()
+        assert process.wait(5) == 0
+        os.close(writes)
+        with open(reads, "rb") as log:
+            assert log.read().count(b"GET /x 404") > 500
+
+
+def test_what_is_logged_before_the_end_is_written(start):
+    program = start("--log-level", "info")
+    for _ in range(200):
+        program.http.get("/x", status=404)
+    assert program.end()[0] == 0 and program.log().count("GET /x 404") == 200
+
+
+def test_what_looks_like_a_secret_is_masked_wherever_it_stands(start):
+    program = start("--log-level", "debug", "--trusted-proxy", "127.0.0.1")
+    headers = join(program.http, "alice")
+    jwt_, key = (
+        signed_in["Authorization"].split()[1]
+        for signed_in in (headers, make_key(program.http, headers))
+    )
+    secrets = [*jwt_.split(".")[1:], key, link_token(program.http, headers)]
+    for secret in secrets:
+        for n, path in enumerate(
+            (
+                f"/{secret}",
+                f"/x/{secret}?{secret}=1",
+                f"/{secret[0]}%{ord(secret[1]):x}{secret[2:]}",
+            )
+        ):
+            program.http.get(path, headers={"X-Forwarded-For": f"{n}, {secret}"}, status="*")
+            program.http.get(
+                "/api/users/", headers={"Authorization": f"Bearer {secret}"}, status="*"
+            )
+            program.http.post(path, "x", content_type=f"text/{secret}", status="*")
+    program.http.get(f"/api/users/{jwt_}/", status=404)
+    assert program.end()[0] == 0
+    log = program.log()
+    assert "GET /… 404" in log and not any(secret in log for secret in secrets)
+
+
 def test_telegram_that_refuses_the_token_is_told_and_the_api_stays_up(start, bot_api):
     program = start(TELEGRAM_BOT_TOKEN="4242:wrong", TELEGRAM_API_URL=bot_api.url)
     join(program.http, "alice")
@@ -10993,9 +11072,11 @@ CLIENTS = {"alone": Client, "crowded": CrowdedClient}
 class Program:
     """`python factoryapp.py` as a real process, on a port of its own choice."""
 
-    def __init__(self, folder, *arguments, preexec_fn=None, program=HERE / "factoryapp.py", **env):
+    def __init__(
+        self, folder, *arguments, preexec_fn=None, program=HERE / "factoryapp.py", prefix=(), **env
+    ):
         self.folder, self.said = folder, ""
-        command = [sys.executable, program, "--port", "0"]
+        command = [*prefix, sys.executable, program, "--port", "0"]
         with open(folder / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--db", folder / "factoryapp.db", *arguments],
