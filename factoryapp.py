@@ -1404,6 +1404,19 @@ OWN_SCHEDULED = Listing(
 )
 
 
+def delete_user_messages(db, user_id):
+    """Delete some messages that the user sent or received. Returns False if there were none."""
+    some = f"DELETE FROM messages WHERE id IN ({OWN_MESSAGES.ids} LIMIT :most)"
+    return 0 < db.run(some, user=user_id, after=0, before=MAX_ID, most=PORTION_ROWS).rowcount
+
+
+def delete_user(db, user):
+    """Delete a user without messages, and the answers to others that are kept for retries."""
+    named = f'"recipient":"{user["username"]}"'.encode()
+    db.run("DELETE FROM idempotency_keys WHERE instr(answer, ?)", named)
+    db.run("DELETE FROM users WHERE id = ?", user["id"])
+
+
 def find_page_end(db, listing, page, order):
     """The id of a page's last row and, if there are more, the next one's.
 
@@ -5495,6 +5508,7 @@ def read_arguments(argv):
             "disable",
             "end the tokens and keys of the account NAME, unlink its chat, let no password fit",
         ),
+        ("erase", "delete the account NAME and every message that it sent or received"),
     ):
         administration.add_argument(
             f"--{name}",
@@ -5502,6 +5516,7 @@ def read_arguments(argv):
             type=account_name,
             help=f"{explanation}; starts no server, but one may run",
         )
+    parser.add_argument("--yes", action="store_true", help="erase without asking")
     administration.add_argument(
         "--accounts",
         action="store_true",
@@ -5686,8 +5701,17 @@ def ask_password(name):
         raise BadSetting(f"No password could be read ({reason}): try again.") from None
 
 
-def administer(name, password_hash):
-    """Set the password of an account, which is made if need be, or disable it (None); in one line.
+def confirm(name):
+    """Ask whether an account shall be erased. Raises BadSetting unless its name is typed."""
+    is_terminal = sys.stdin and sys.stdin.isatty()
+    if is_terminal:
+        announce(f"To erase {name} and all its messages, for ever, type the name:")
+    if not is_terminal or sys.stdin.readline().strip() != name:
+        raise BadSetting("Nothing was erased: type the name at a terminal, or add --yes.")
+
+
+def administer(name, password_hash, is_erased=False):
+    """Set the password of an account, which is made if need be, or disable it (None) or erase it.
 
     A server of our version may run meanwhile. Raises BadSetting, sqlite3.Error.
     """
@@ -5710,7 +5734,26 @@ def administer(name, password_hash):
             delete_all_scheduled(db, user["id"])
             if chat := find_chat(db, user["id"]):
                 unlink_chat(db, chat, "the account was disabled")
+    if is_erased:
+        erase(user)
+        done = "erased"
     announce(f"{name}: {done}")
+
+
+def erase(user):
+    """Delete a user and every message that it sent or received, and overwrite them.
+
+    In portions: a server that runs meanwhile has to write as well.
+    """
+    connection().execute("PRAGMA secure_delete = ON")
+    is_more = True
+    while is_more:
+        with transaction() as db:
+            is_more = delete_user_messages(db, user["id"])
+            if not is_more:
+                delete_user(db, user)
+        time.sleep(PORTION_PAUSE_SECONDS)
+    close_store()
 
 
 def print_accounts():
@@ -5782,7 +5825,9 @@ def main(argv=None):
             if version:
                 print_accounts()
             return 0
-        name = arguments.set_password or arguments.disable
+        name = arguments.set_password or arguments.disable or arguments.erase
+        if arguments.erase and not arguments.yes:
+            confirm(name)
         # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
         password_hash = ask_password(name) if arguments.set_password else None
         try:
@@ -5791,7 +5836,7 @@ def main(argv=None):
             if not name or check_store() != SCHEMA_VERSION:
                 raise
         if name:
-            administer(name, password_hash)
+            administer(name, password_hash, bool(arguments.erase))
             return 0
         sock = listen(arguments.host, int(arguments.port))
         open_store()

@@ -10129,6 +10129,50 @@ def test_account_that_is_disabled_ends_at_once_in_a_running_server(start, bot_ap
     assert list_keys(program.http, bob)[0]["last_used_on"]
 
 
+def test_account_that_is_erased_leaves_nothing_in_a_running_server(start, bot_api, tmp_path):
+    program = start(TELEGRAM_BOT_TOKEN=BOT_TOKEN, TELEGRAM_API_URL=bot_api.url)
+    alice, bob = join(program.http, "alice"), join(program.http, "bob")
+    for headers, chat_id in ((alice, 7), (bob, 8)):
+        bot_api.write(chat_id, link_token(program.http, headers))
+        bot_api.wait_for_texts(chat_id)
+    make_key(program.http, alice)
+    link_token(program.http, alice)
+    bot_api.failures[7].append(too_many_requests(600))
+    kept = {**bob, "Idempotency-Key": "a-key"}
+    post(program.http, kept, "secret of bob's", recipient="alice")
+    post(program.http, alice, "secret of alice's", recipient="bob")
+    later = factoryapp.iso(time.time() + 3600)
+    post(program.http, alice, "secret, later", recipient="bob", send_at=later)
+    post(program.http, bob, "secret, later, too", recipient="alice", send_at=later)
+    first = post(program.http, bob, "bob's own")
+    for n in range(2 * factoryapp.PORTION_ROWS):
+        post(program.http, alice, f"secret {n}")
+    bot_api.wait_for(lambda: len(bot_api.texts(8)) == 4)
+    assert administer(tmp_path, "--erase", "alice", "--yes") == (0, "alice: erased")
+    answer = program.http.get("/api/users/me/", headers=alice, status=401)
+    assert answer.json["code"] == "user_not_found"
+    assert [m["id"] for m in list_messages(program.http, bob)] == [first["id"]]
+    assert list_scheduled(program.http, bob) == []
+    assert [user["username"] for user in program.http.get("/api/users/", headers=bob).json] == [
+        "bob"
+    ]
+    # Whoever takes the name is somebody else.
+    assert list_messages(program.http, join(program.http, "alice")) == []
+    assert program.end()[0] == 0
+    check_database(tmp_path / "factoryapp.db")
+    held = b"".join(path.read_bytes() for path in tmp_path.glob("factoryapp.db*"))
+    assert b"secret" not in held and b"bob's own" in held
+
+
+@pytest.mark.parametrize("typed, code", [("alice", 0), ("", 2), ("y", 2), ("bob", 2)])
+def test_erasing_asks_first_at_a_terminal(tmp_path, alone_with_alice, typed, code):
+    with prompt(tmp_path, "type the name:", ("--erase", "alice")) as (terminal, process):
+        terminal.write(typed.encode() + b"\n")
+        said = wait_for_prompt(terminal, "Nothing was erased" if code else "alice: erased")
+        assert process.wait(10) == code, said
+    assert len(list_accounts()) == bool(code)
+
+
 def test_password_that_is_set_ends_all_tokens_in_a_running_server_and_keeps_the_chat(
     start, tmp_path
 ):
@@ -10176,6 +10220,9 @@ def alone_with_alice(tmp_path, monkeypatch):
         ),
         (["--disable", "\udcff\n"], "", "U+DCFF"),
         (["--disable", "bob"], "", "no account bob"),
+        (["--erase", "bob", "--yes"], "", "no account bob"),
+        (["--erase", "alice"], "alice\n", "at a terminal, or add --yes"),
+        (["--erase", "alice", "--disable", "alice"], "", "not allowed with"),
         (["--disable", "alice", "--set-password", "alice"], NEW_PASSWORD, "not allowed with"),
     ],
 )
@@ -10278,12 +10325,11 @@ def test_accounts_of_what_is_no_database_are_none_or_a_sentence(tmp_path, conten
 
 
 @contextmanager
-def password_prompt(folder):
-    """--set-password alice in a terminal, which has asked already; the terminal and the process."""
+def prompt(folder, question="Password: ", arguments=("--set-password", "alice")):
+    """A run in a terminal, which has asked already; the terminal and the process."""
     terminal, its_end = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, HERE / "factoryapp.py", "--db", folder / "factoryapp.db"]
-        + ["--set-password", "alice"],
+        [sys.executable, HERE / "factoryapp.py", "--db", folder / "factoryapp.db", *arguments],
         stdin=its_end,
         stdout=its_end,
         stderr=its_end,
@@ -10294,7 +10340,7 @@ def password_prompt(folder):
     os.close(its_end)
     with open(terminal, "r+b", buffering=0) as terminal, process:
         try:
-            wait_for_prompt(terminal, "Password: ")
+            wait_for_prompt(terminal, question)
             yield terminal, process
         finally:
             process.kill()
@@ -10318,7 +10364,7 @@ def wait_for_prompt(terminal, prompt, said=""):
     ],
 )
 def test_password_is_asked_twice_at_a_terminal_and_not_shown(tmp_path, again, code, sentence):
-    with password_prompt(tmp_path) as (terminal, process):
+    with prompt(tmp_path) as (terminal, process):
         terminal.write(NEW_PASSWORD.encode() + b"\n")
         said = wait_for_prompt(terminal, "The same again: ")
         if again:
@@ -10366,7 +10412,7 @@ def test_signals_in_any_number_end_it_cleanly(start):
 
 def test_server_may_start_while_a_password_is_being_typed(tmp_path, monkeypatch):
     monkeypatch.setattr(factoryapp.settings, "db", str(tmp_path / "factoryapp.db"))
-    with password_prompt(tmp_path):
+    with prompt(tmp_path):
         factoryapp.lock_database().close()
 
 
