@@ -29,7 +29,7 @@ Rooms, each using only those above it:
   Bot       the conversation and its two homes
 
 To add a setting: Settings, read_arguments(), README. A route: Routes alone, it describes itself. A
-column: schema.sql, a step of LADDER, the Store. A sentence of the bot: Texts.
+column: schema.sql, for older databases too, and the Store. A sentence of the bot: Texts.
 
 Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks
 in the terminal.
@@ -842,55 +842,6 @@ def checkpoint(db):
         log.warning(f"the write-ahead log was not copied, and grows: {error}")
 
 
-# Steps from a version of the schema to the next: SQL for before schema.sql is applied, and after.
-LADDER = {
-    5: (
-        """
-        -- Older names may differ by case alone.
-        UPDATE users SET folded = folded || ' ' || id
-            WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
-        ALTER TABLE users DROP COLUMN tokens_from;
-        ALTER TABLE users ADD COLUMN changes INTEGER NOT NULL DEFAULT 0;
-        ALTER TABLE messages ADD COLUMN scheduled_id INTEGER;
-        ALTER TABLE outbox RENAME TO old_outbox;
-        DROP INDEX outbox_by_message;
-        DROP TABLE idempotency_keys
-        """,
-        """
-        -- Queues that were being moved or given up.
-        UPDATE old_outbox AS o SET bot_id = coalesce(to_bot_id, l.bot_id), error = reason,
-            chat_id = coalesce(to_chat_id, l.chat_id),
-            given_up_at = iif(to_chat_id IS NULL, 'now', NULL)
-            FROM leftovers AS l WHERE o.bot_id = l.bot_id AND o.chat_id = l.chat_id
-            AND o.id <= last_id AND given_up_at IS NULL;
-        UPDATE messages SET delivery = 'failed', failure = error FROM old_outbox
-            WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
-            AND NOT is_own_copy;
-        -- What is still to come.
-        INSERT INTO scheduled
-            SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent),
-                reply_to, choices
-            FROM messages AS m JOIN old_outbox AS o ON message_id = m.id
-            WHERE delivery = 'queued' AND NOT is_own_copy
-            AND o.send_at > strftime('%s', 'now') + 0 GROUP BY m.id;
-        INSERT INTO outbox
-            SELECT id, bot_id, chat_id, text, message_id, is_own_copy,
-                send_at >= 0 AND id - 1 NOT IN (SELECT id FROM old_outbox WHERE NOT is_last),
-                is_last, silent, queued_at, attempts, due_at, pause, error, failing_since,
-                missing_since, thread_id
-            FROM old_outbox WHERE given_up_at IS NULL;
-        DROP TABLE old_outbox;
-        DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
-        DROP INDEX users_by_folded;
-        ALTER TABLE heard DROP COLUMN album;
-        ALTER TABLE heard DROP COLUMN was_told;
-        DROP TABLE leftovers;
-        DROP TABLE told_groups
-        """,
-    )
-}
-
-
 def check_sqlite():
     """Raise BadSetting where this Python's SQLite lacks what we need."""
     if sqlite3.sqlite_version_info < (3, 37):
@@ -964,10 +915,13 @@ def check_store():
         raise cannot_be_used(error) from None
 
 
-def apply(db, script):
-    """Execute the statements of a script, within the transaction that has begun."""
-    for statement in script.split(";\n"):
-        db.execute(statement)
+def apply(db, schema, version):
+    """Execute schema.sql, as far as it is for a database of this version."""
+    for part in re.split("(?m)^(?=-- === )", schema):
+        up_to = re.match(r"-- === Up to version (\d+)", part)
+        if not up_to or 0 < version <= int(up_to[1]):
+            for statement in part.split(";\n"):
+                db.execute(statement)
 
 
 def make_private(path):
@@ -1024,9 +978,7 @@ def open_store():
         if db.one("PRAGMA journal_mode = WAL")[0] != "wal":
             raise sqlite3.OperationalError("SQLite or its file system has no write-ahead log")
         with transaction():
-            steps = [LADDER[step] for step in range(version or SCHEMA_VERSION, SCHEMA_VERSION)]
-            for script in (*(step[0] for step in steps), schema, *(step[1] for step in steps)):
-                apply(db, script)
+            apply(db, schema, version)
             db.insert("factoryapp", "REPLACE", id=1, schema_version=SCHEMA_VERSION)
             # By which version 1.1.0 knows that this is not for it.
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

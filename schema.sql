@@ -1,8 +1,22 @@
--- FactoryApp's database. Applied whole at every start: it adds what is missing and drops nothing.
+-- FactoryApp's database. Applied at every start, from top to bottom: it adds what is missing and drops nothing, except for the
+-- parts "Up to version N": those are for databases of an older schema alone.
 --
 -- *_at columns that end up in an answer are ISO 8601 text in UTC with a Z; those the server computes with are seconds since
--- 1970 (REAL). What an older database needs besides is a step of LADDER in factoryapp.py; its columns come last here. Nothing
--- but a statement ends with a semicolon at the end of a line.
+-- 1970 (REAL). A column that was added later comes last in its table. Nothing but a statement ends with a semicolon at the end
+-- of a line.
+
+-- === Up to version 5: before the rest
+-- Older names may differ by case alone.
+UPDATE users SET folded = folded || ' ' || id
+    WHERE id > (SELECT min(id) FROM users AS first WHERE first.folded = users.folded);
+ALTER TABLE users DROP COLUMN tokens_from;
+ALTER TABLE users ADD COLUMN changes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE messages ADD COLUMN scheduled_id INTEGER;
+ALTER TABLE outbox RENAME TO old_outbox;
+DROP INDEX outbox_by_message;
+DROP TABLE idempotency_keys;
+
+-- === The schema
 
 -- Says that the database is FactoryApp's, and of which schema. A PRAGMA would not be in what `sqlite3 .dump` writes.
 CREATE TABLE IF NOT EXISTS factoryapp (
@@ -197,3 +211,34 @@ CREATE TRIGGER IF NOT EXISTS password_changed AFTER UPDATE OF password ON users 
     UPDATE users SET changes = changes + 1 WHERE id = NEW.id; END;
 CREATE TRIGGER IF NOT EXISTS api_keys_deleted AFTER DELETE ON api_keys BEGIN
     UPDATE users SET changes = changes + 1 WHERE id = OLD.user_id; END;
+
+-- === Up to version 5: after the rest
+-- Queues that were being moved or given up.
+UPDATE old_outbox AS o SET bot_id = coalesce(to_bot_id, l.bot_id), error = reason,
+    chat_id = coalesce(to_chat_id, l.chat_id),
+    given_up_at = iif(to_chat_id IS NULL, 'now', NULL)
+    FROM leftovers AS l WHERE o.bot_id = l.bot_id AND o.chat_id = l.chat_id
+    AND o.id <= last_id AND given_up_at IS NULL;
+UPDATE messages SET delivery = 'failed', failure = error FROM old_outbox
+    WHERE message_id = messages.id AND delivery = 'queued' AND given_up_at IS NOT NULL
+    AND NOT is_own_copy;
+-- What is still to come.
+INSERT INTO scheduled
+    SELECT m.id, sender_id, recipient_id, m.text, created_at, m.send_at, max(silent),
+        reply_to, choices
+    FROM messages AS m JOIN old_outbox AS o ON message_id = m.id
+    WHERE delivery = 'queued' AND NOT is_own_copy
+    AND o.send_at > strftime('%s', 'now') + 0 GROUP BY m.id;
+INSERT INTO outbox
+    SELECT id, bot_id, chat_id, text, message_id, is_own_copy,
+        send_at >= 0 AND id - 1 NOT IN (SELECT id FROM old_outbox WHERE NOT is_last),
+        is_last, silent, queued_at, attempts, due_at, pause, error, failing_since,
+        missing_since, thread_id
+    FROM old_outbox WHERE given_up_at IS NULL;
+DROP TABLE old_outbox;
+DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
+DROP INDEX users_by_folded;
+ALTER TABLE heard DROP COLUMN album;
+ALTER TABLE heard DROP COLUMN was_told;
+DROP TABLE leftovers;
+DROP TABLE told_groups;

@@ -1370,13 +1370,17 @@ def test_step_that_cannot_be_taken_leaves_the_database_as_it_was(
 ):
     with closing(sqlite3.connect(version_5)) as db:
         before = list(db.iterdump())
-    step = factoryapp.LADDER[5]
-    monkeypatch.setitem(factoryapp.LADDER, 5, (step[0], f"{step[1]};\n{statement}"))
-    with pytest.raises(factoryapp.BadSetting, match=sentence):
+    real = factoryapp.apply
+
+    def apply(db, *arguments):
+        real(db, *arguments)
+        db.execute(statement)
+
+    with monkeypatch.context() as patch, pytest.raises(factoryapp.BadSetting, match=sentence):
+        patch.setattr(factoryapp, "apply", apply)
         factoryapp.open_store()
     with closing(sqlite3.connect(version_5)) as db:
         assert list(db.iterdump()) == before
-    factoryapp.LADDER[5] = step
     factoryapp.open_store()
     check_database(version_5)
 
