@@ -317,11 +317,6 @@ OWN_COPY = "{username}, я получил от тебя сообщение:\n\n{
 OWN_COPY_FOR = "{username}, я получил от тебя сообщение для {recipient}:\n\n{text}"
 FROM_ANOTHER = "Сообщение от {username}:\n\n{text}"
 LATER_PART = "{username} ({n}/{of}):\n\n{text}"
-# Whom a reply to one of these is for, where nothing else tells.
-HEADER = re.compile(
-    r"(?:Сообщение от (NAME)|NAME, я получил от тебя сообщение для (NAME)|"
-    r"(NAME), я получил от тебя сообщение|(NAME) \(\d+/\d+\)):(?!\S)".replace("NAME", r"[\w.@+-]+")
-)
 TOO_FAST = "Так много пользователю {username} сразу нельзя: повторите через {seconds} с."
 NOT_DELIVERED = "Не доставлено пользователю {username}: {count} сообщ."
 
@@ -742,6 +737,8 @@ def connection():
             PRAGMA checkpoint_fullfsync = ON;
             PRAGMA foreign_keys = ON;
             PRAGMA temp_store = MEMORY;
+            PRAGMA secure_delete = ON;
+            PRAGMA cache_size = -500;
             PRAGMA journal_size_limit = {WAL_KEPT_BYTES};
             -- See checkpoint().
             PRAGMA wal_autocheckpoint = 0;
@@ -1034,6 +1031,11 @@ def set_password(db, user_id, old_hash, new_hash):
     """Change the password: every token and key ends. Returns False if it was changed before."""
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
     db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
+    return set_hash(db, user_id, old_hash, new_hash)
+
+
+def set_hash(db, user_id, old_hash, new_hash):
+    """Change the hash of a password. Returns False if it was changed before."""
     return db.changes(
         "UPDATE users SET password = ? WHERE id = ? AND password = ?", new_hash, user_id, old_hash
     )
@@ -1045,23 +1047,29 @@ def list_changes(db, user_ids):
     return dict(db.run(sql, user_ids))
 
 
+KEY = "id, name, created_at, expires_at, last_used_on"
+
+
 def add_key(db, user_id, name, key, expires_at):
-    """Remember a key by its hash."""
-    db.insert(
-        "api_keys",
-        user_id=user_id,
-        name=name,
-        key_hash=sha256(key),
-        created_at=iso(now()),
-        expires_at=expires_at and iso(expires_at),
+    """Store an API key by its hash. Returns it as it is answered."""
+    return db.one(
+        f"""
+        INSERT INTO api_keys (user_id, name, key_hash, created_at, expires_at)
+        VALUES (?, ?, ?, ?, ?) RETURNING {KEY}
+        """,
+        user_id,
+        name,
+        sha256(key),
+        iso(now()),
+        expires_at and iso(expires_at),
     )
 
 
 def list_keys(db, user_id):
     """Return a user's keys that have not expired, as they are answered."""
     return db.run(
-        """
-        SELECT id, name, created_at, expires_at, last_used_on FROM api_keys
+        f"""
+        SELECT {KEY} FROM api_keys
         WHERE user_id = ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY id
         """,
         user_id,
@@ -1356,17 +1364,18 @@ OWN_SCHEDULED = Listing(
 )
 
 
-def delete_user_messages(db, user_id):
-    """Delete some messages that the user sent or received. Returns False if there were none."""
+def erase_some(db, user):
+    """Delete some of a user's messages or, once there are none, the user. Returns False then.
+
+    With the user go the answers to others that are kept for retries.
+    """
     some = f"DELETE FROM messages WHERE id IN ({OWN_MESSAGES.ids} LIMIT :most)"
-    return 0 < db.run(some, user=user_id, after=0, before=MAX_ID, most=PORTION_ROWS).rowcount
-
-
-def delete_user(db, user):
-    """Delete a user without messages, and the answers to others that are kept for retries."""
+    if db.run(some, user=user["id"], after=0, before=MAX_ID, most=PORTION_ROWS).rowcount:
+        return True
     named = f'"recipient":"{user["username"]}"'.encode()
     db.run("DELETE FROM idempotency_keys WHERE instr(answer, ?)", named)
     db.run("DELETE FROM users WHERE id = ?", user["id"])
+    return False
 
 
 def find_page_end(db, listing, page, order):
@@ -1694,10 +1703,10 @@ def fail_messages(db, message_ids, reason):
 
 
 def find_relayed(db, chat, telegram_message_id):
-    """(id, sender_id) of the message that this Telegram message repeats, or None."""
+    """Return (message_id,) of the message that this Telegram message shows, or None."""
     return db.one(
         """
-        SELECT id, sender_id FROM relayed JOIN messages ON messages.id = message_id
+        SELECT message_id FROM relayed
         WHERE bot_id = ? AND chat_id = ? AND telegram_message_id = ?
         """,
         *chat,
@@ -2125,6 +2134,8 @@ def run_outbox(home, stop):
                 senders += 1
         except BadSetting as error:
             log.warning(f"{senders} threads send, no more: {error}")
+            if not senders:
+                deliver_to(home, chats.get())
     for _ in range(senders):
         chats.put(None)
 
@@ -2175,11 +2186,10 @@ def announce(line):
 
 # Its name and argument: "/start@bot TOKEN".
 COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
-# What secrets.token_urlsafe(32) makes.
-LINK_TOKEN = re.compile("[A-Za-z0-9_-]{43}")
-# The same within a text, whatever it leans on.
-SHOWN_TOKEN = re.compile(f"(?=({LINK_TOKEN.pattern}))")
-SHOWN_TOKENS = 100  # that are looked up, at most
+# What secrets.token_urlsafe(32) makes; then the same, whatever it leans on.
+TOKEN = re.compile("(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
+SHOWN_TOKEN = re.compile("(?=([A-Za-z0-9_-]{43}))")
+SHOWN_TOKENS = 100  # of the latter that are looked up, at most
 # Kinds of message that Telegram writes by itself: the library's list, and those that it lacks.
 SERVICE = {
     *telebot.util.content_type_service,
@@ -2210,7 +2220,7 @@ def clean(text):
 
 HEARD = (
     "chat text shown number kind place update_id message_id written_at is_wordless is_forwarded "
-    "replied_id replied_text query_id data thread_id"
+    "replied_id replies_to_bot query_id data thread_id"
 )
 
 
@@ -2223,8 +2233,8 @@ class Heard(namedtuple("Heard", HEARD, defaults=[None] * 15)):
     of the message that a line in the terminal answers; `kind` of update; `place`, the type of the
     chat; `update_id`; `message_id`; `written_at`, in seconds since 1970; `is_wordless`, if a person
     sent something that is no text; `is_forwarded`; `replied_id`, Telegram's id of the replied
-    message, and `replied_text`, its text if the bot wrote it; `query_id` and `data` of a pressed
-    button; `thread_id`, the topic of a forum group.
+    message; `replies_to_bot`, if the bot wrote that; `query_id` and `data` of a pressed button;
+    `thread_id`, the topic of a forum group.
     """
 
 
@@ -2276,7 +2286,7 @@ def read_update(bot_id, update):
         is_wordless=sender and not is_bot and text is None and SERVICE.isdisjoint(message),
         is_forwarded=pick(message, "forward_origin", dict) or pick(message, "forward_date", int),
         replied_id=pick(replied, "message_id", int),
-        replied_text=(read_text(replied) or "") if is_ours else None,
+        replies_to_bot=pick(pick(replied, "from", dict), "id", int) == bot_id,
         query_id=pick(event, "id", str),
         data=pick(event, "data", str),
         thread_id=pick(message, "message_thread_id", int) if is_topic else None,
@@ -2315,7 +2325,7 @@ def converse(db, heard):
 
 def find_tokens(heard):
     """Return what looks like a link token, anywhere in a text."""
-    return SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
+    return TOKEN.findall(heard.shown) + SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
 
 
 def use_token(db, heard, user):
@@ -2395,15 +2405,10 @@ def find_addressee(db, heard, user):
     if heard.number is not None:
         return find_other_user(db, heard.number, user["id"]), heard.number
     if relayed := find_relayed(db, heard.chat, heard.replied_id):
-        if other := find_other_user(db, relayed["id"], user["id"]):
-            return other, relayed["id"]
-        # The chat was another account's before.
-        return find_user(db, relayed["sender_id"]), None
-    if heard.replied_text is None:
-        return user, None
-    # The bot wrote it, but does not remember: a send whose answer was lost.
-    header = HEADER.match(heard.replied_text)
-    return header and find_user_by_name(db, header[header.lastindex]), None
+        # None if the chat was another account's then.
+        return find_other_user(db, relayed["message_id"], user["id"]), relayed["message_id"]
+    # The bot may have forgotten what it wrote. The name there may be somebody else's by now.
+    return (None if heard.replies_to_bot else user), None
 
 
 def press(db, heard):
@@ -2475,21 +2480,23 @@ def overhear(db, heard):
         queue_text(db, heard.chat, answer, thread_id=heard.thread_id)
 
 
-def receive_or_skip(heard):
-    """Receive an update, or skip it if it fails. Returns the answer to a pressed button, or None.
+def receive_or_skip(bot_id, update):
+    """Receive an update, or skip it if it fails. Returns Heard and the answer to a pressed button.
 
     Raises sqlite3.Error if the database fails: then the update is not skipped.
     """
+    heard = Heard((bot_id, None), update_id=pick(update, "update_id", int))
     try:
-        return receive(heard)
+        heard = read_update(bot_id, update)
+        return heard, receive(heard)
     except Exception as error:
         if is_outage(error):
             raise
         log.error(f"update {heard.update_id} is skipped", exc_info=without_text(error))
     if heard.update_id is not None:
         with transaction() as db:
-            set_offset(db, heard.chat[0], heard.update_id + 1)
-    return TOO_LATE
+            set_offset(db, bot_id, heard.update_id + 1)
+    return heard, TOO_LATE
 
 
 class TelegramError(Exception):
@@ -2522,7 +2529,9 @@ def name_failure(error):
 
 
 # Descriptions of a 400 that blames the text, its entities or its buttons.
-TEXT_IS_REFUSED = re.compile("text|empty|too.long|utf-8|entit|button|keyboard|markup", re.I)
+TEXT_IS_REFUSED = re.compile(
+    "text (is|must)|message.(is.)?(empty|too.long)|utf-8|entit|button|keyboard|markup", re.I
+)
 create_connection = urllib3.util.connection.create_connection
 
 
@@ -2547,7 +2556,7 @@ class Telegram(Home):
         self.webhook_until = 0  # WEBHOOK_SECONDS after the last webhook was deleted, in ticks
         self.presses = threading.Semaphore(PRESSES_AT_ONCE)
         # The address may have been copied with the words that are put behind it.
-        api_url = re.sub(r"(/+bot([\d<{$].*)?)?/*$", "", api_url)
+        api_url = re.sub(r"((?<![:/])/+bot(\d+:.*|[<{$].*)?)?/*$", "", api_url)
         apihelper.API_URL = api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
         apihelper.READ_TIMEOUT = SEND_TIMEOUT_SECONDS
@@ -2682,10 +2691,13 @@ class Telegram(Home):
         if not isinstance(updates, list):
             raise TelegramError(None, "Telegram's answer makes no sense (updates are no list)")
         for update in updates:
-            heard = read_update(self.id, update)
-            said = receive_or_skip(heard)
+            heard, said = receive_or_skip(self.id, update)
             if heard.query_id and self.presses.acquire(blocking=False):
-                start_thread("press", self.answer_press, heard, said)
+                try:
+                    start_thread("press", self.answer_press, heard, said)
+                except BadSetting as error:
+                    self.presses.release()
+                    log.warning(f"a pressed button is not answered: {error}")
         is_new = find_offset(connection(), self.id) != offset
         return is_new or time.monotonic() - started_at > 1
 
@@ -4245,9 +4257,15 @@ def log_in(username, password):
     user = find_user_by_name(connection(), username)
     password_hash = user["password"] if user else nobodys_hash()
     is_right = check_password(username, password, password_hash)
-    # It may have been changed meanwhile.
-    if not is_right or find_user(connection(), user["id"])["password"] != password_hash:
+    # It may have been changed meanwhile, or the account erased.
+    user = is_right and find_user(connection(), user["id"])
+    if not user or user["password"] != password_hash:
         raise refusal(401, "No active account found with the given credentials")
+    if f"${SCRYPT['n']}$" not in password_hash:
+        # Of version 1.1.0, with four times the memory.
+        with transaction() as db:
+            set_hash(db, user["id"], password_hash, hash_password(password))
+            user = find_user(db, user["id"])
     return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
 
 
@@ -4381,8 +4399,7 @@ def make_key(user, name, expires_at):
     with transaction() as db:
         if len(list_keys(db, user["id"])) >= KEYS:
             raise refusal(400, f"There are {KEYS} keys already: delete one first.")
-        add_key(db, user["id"], name, key, expires_at)
-        return {**list_keys(db, user["id"])[-1], "key": key}
+        return {**add_key(db, user["id"], name, key, expires_at), "key": key}
 
 
 @app.get("/api/users/keys/")
@@ -4819,7 +4836,7 @@ def show_openapi():
 POOLS = {"patient": 3, "lists": 2, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 
-TLS_HANDSHAKE = b"\x16\x03"  # how a client that speaks TLS begins (RFC 8446, section 5.1)
+TLS_HANDSHAKE = b"\x16"  # how a client that speaks TLS begins (RFC 8446, section 5.1)
 
 
 class NotStored:
@@ -4864,7 +4881,7 @@ class StrictRequest(HTTPRequestParser):
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
         # A list of words (RFC 9110, section 7.6.1).
-        words = re.findall("[^, ]+", self.headers.get("CONNECTION", "").lower())
+        words = re.findall("[^, \t]+", self.headers.get("CONNECTION", "").lower())
         ends = self.version != "1.1" and "keep-alive" not in words
         self.connection_close = ends or "close" in words
 
@@ -5046,7 +5063,7 @@ class Channel(wasyncore.dispatcher):
     def handle_read(self):
         is_idle = not (self.request or self.unread or self.answer)
         self.unread += self.recv(self.adj.recv_bytes)
-        if is_idle and self.unread.startswith(TLS_HANDSHAKE):
+        if self.unread.startswith(TLS_HANDSHAKE) and not (self.request or self.answer):
             if not said_limiter.try_once({"TLS": TLS_WARNINGS}):
                 log.warning("a client speaks TLS (https://) to this port, which is plain HTTP")
             self.handle_close()
@@ -5262,7 +5279,7 @@ class Server(TcpWSGIServer):
 
     def end_waiting(self, is_over=False):
         """Let requests arrive again that have news, or whose time is over."""
-        changes = {}
+        changes = None
         if news.is_new and self.waiting:
             # Before it is read: what is committed meanwhile is news again.
             news.is_new = False
@@ -5271,7 +5288,8 @@ class Server(TcpWSGIServer):
         for answer, user in list(self.waiting.items()):
             if is_over:
                 answer.waits_until = 0
-            is_changed = changes.get(user["id"], user["changes"]) != user["changes"]
+            # A user who was erased has none.
+            is_changed = changes is not None and changes.get(user["id"]) != user["changes"]
             if is_changed or answer.waits_until <= ticks():
                 del self.waiting[answer]
                 self.arrived.append(answer)
@@ -5697,13 +5715,10 @@ def erase(user):
 
     In portions: a server that runs meanwhile has to write as well.
     """
-    connection().execute("PRAGMA secure_delete = ON")
     is_more = True
     while is_more:
         with transaction() as db:
-            is_more = delete_user_messages(db, user["id"])
-            if not is_more:
-                delete_user(db, user)
+            is_more = erase_some(db, user)
         time.sleep(PORTION_PAUSE_SECONDS)
     close_store()
 
