@@ -143,18 +143,14 @@ LIMITER_KEYS = 10_000  # that are remembered
 MAX_USERNAME = 150
 MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
-# The most tried of Django's list, but for 12345: what that is answered was recorded without.
+# The most tried of Django's list; shorter ones are refused as too short.
 COMMON_PASSWORDS = set(
     """
-    123456 123456789 qwerty password 111111 12345678 abc123 1234567 password1 1234567890 123123
-    000000 iloveyou 1234 1q2w3e4r5t qwertyuiop 123 monkey dragon 123456a 654321 123321 666666
-    1qaz2wsx 121212 myspace1 homelesspa 123qwe a123456 1q2w3e4r 123abc qwe123 7777777 qwerty123
-    987654321 target123 zxcvbnm tinkle qwerty1 222222 1g2w3e4r gwerty zag12wsx gwerty123 555555
-    fuckyou asdfghjkl 112233 1q2w3e qazwsx 123123123 princess computer 12345a 159753 ashley
-    michael football 1234qwer sunshine aaaaaa iloveyou1 fuckyou1 789456123 daniel asdfgh 777777
-    123654 11111 princess1 999999 abcd1234 11111111 passer2009 love shadow 888888 superman
-    football1 love123 jordan23 jessica 12qwaszx baseball monkey1 killer a12345 123456789a master
-    asd123 asdf samsung charlie azerty soccer q1w2e3r4t5y6 jordan 88888888 fqrg7cs493
+    123456789 password 12345678 password1 1234567890 iloveyou 1q2w3e4r5t qwertyuiop 1qaz2wsx
+    myspace1 homelesspa 1q2w3e4r qwerty123 987654321 target123 1g2w3e4r zag12wsx gwerty123
+    asdfghjkl 123123123 princess computer football 1234qwer sunshine iloveyou1 fuckyou1 789456123
+    princess1 abcd1234 11111111 passer2009 superman football1 jordan23 12qwaszx baseball
+    123456789a q1w2e3r4t5y6 88888888 fqrg7cs493
     """.split()
 )
 MAX_TEXT = 16_384
@@ -181,7 +177,7 @@ DELIVERIES = "scheduled", "queued", "sent", "failed", "unlinked", "cancelled"
 # The database. A list of more rows or bytes is long: a worker pool reads it in pieces.
 LIST_ROWS = 200
 LIST_BYTES = 128 * 1024
-LIST_PIECE_BYTES = 32 * 1024  # the first ones; up to LIST_BYTES for a client that reads them
+LIST_PIECE_BYTES = 48 * 1024
 PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
 SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
 CHECKPOINT_COMMITS = 50
@@ -190,7 +186,7 @@ WAL_RESTART_SECONDS = 0.1
 WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
 PORTION_ROWS = 200  # of what is forgotten, in one transaction
 PORTION_PAUSE_SECONDS = 0.02
-PUBLISH_SECONDS = 0.02  # of a portion of what is scheduled and due: others who write wait
+PUBLISH_ROWS = 20  # of what is scheduled and due, in one transaction: others who write wait
 PUBLISH_AGAIN_SECONDS = 3600  # after a failure that is the message's own
 FORGET_SECONDS = 3600  # between two searches for what is old
 
@@ -214,7 +210,7 @@ HEARD_SECONDS = 3 * 24 * 3600
 UPKEEP_SECONDS = 0.5  # between two rounds of it
 SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
 OUTAGE_FAILURES = 3  # of polls in a row: a gateway may cut each long one
-WEBHOOK_SECONDS = 3600  # in which a second webhook is another program's, which health names
+WEBHOOK_SECONDS = 3600  # in which health names a second webhook: another program's
 PRESSES_AT_ONCE = 16  # that are answered; each takes a thread
 
 # The server
@@ -902,9 +898,9 @@ def check_store():
             raise BadSetting(f"The database {settings.db} is not a file: name another with --db.")
         if has_another_name():
             raise BadSetting(
-                f"The database {settings.db} has another name as well, by a hard link or a mount, "
-                "and what was written last may lie beside that: mount the folder, not the file, "
-                "and remove other hard links."
+                f"The database {settings.db} has another name, by a hard link or a mount, and what "
+                "was written last may lie beside that: mount the folder, not the file, and remove "
+                "other links."
             )
         with closing(connect("ro")) as db:
             return read_version(db)
@@ -1390,8 +1386,7 @@ def find_page_end(db, listing, page, order):
 def find_last_id(db, listing):
     """Return the last id that a row of the listing's table was given, or 0."""
     table = "users" if listing is USERS else "messages"
-    last = db.one("SELECT seq FROM sqlite_sequence WHERE name = ?", table)
-    return last["seq"] if last else 0
+    return db.one("SELECT max(seq) FROM sqlite_sequence WHERE name = ?", table)[0] or 0
 
 
 def list_rows(db, listing, page):
@@ -1451,7 +1446,7 @@ def list_due_scheduled(db):
     return db.list(
         "SELECT id FROM scheduled WHERE send_at <= ? ORDER BY send_at, id LIMIT ?",
         iso(now()),
-        PORTION_ROWS,
+        PUBLISH_ROWS,
     )
 
 
@@ -1779,23 +1774,29 @@ def issue_token(kind, user):
     return jwt.encode(claims, settings.key, algorithm="HS256")
 
 
+@lru_cache(TOKENS_REMEMBERED)
+def verify_signature(token, key):
+    """Return the claims of a JWT that was signed by this key, and not in the future.
+
+    Raises TokenError, and what PyJWT raises.
+    """
+    options = {"verify_aud": False, "verify_exp": False, "verify_iat": False}
+    claims = jwt.decode(token, key, algorithms=["HS256"], options=options)
+    if "iat" in claims and int(claims["iat"]) > now() + 1:
+        raise TokenError("Token is invalid")
+    return claims
+
+
 def read_token(token, kind):
     """The claims of a valid JWT of that kind (None: of any).
 
     Raises TokenError, worded and ordered as simplejwt does.
     """
     try:
-        claims = jwt.decode(
-            token,
-            settings.key,
-            algorithms=["HS256"],
-            options={"verify_aud": False, "verify_exp": False, "verify_iat": False},
-        )
+        claims = verify_signature(token, settings.key)
         # An absurd time raises here.
         if "exp" in claims and datetime.fromtimestamp(int(claims["exp"]), UTC).timestamp() <= now():
             raise TokenError("Token is expired")
-        if "iat" in claims and int(claims["iat"]) > now() + 1:
-            raise TokenError("Token is invalid")
     except (
         jwt.InvalidTokenError,
         ValueError,
@@ -1815,23 +1816,6 @@ def read_token(token, kind):
         raise TokenError("Token has no type")
     if kind and claims["token_type"] != kind:
         raise TokenError("Token has wrong type")
-    return claims
-
-
-verified_tokens = {}  # access token: (when it expires, its claims)
-
-
-def read_access_token(token):
-    """The claims of a valid access token. Verified once, then remembered until it expires.
-
-    Raises TokenError.
-    """
-    expires_at, claims = verified_tokens.get(token, (0, None))
-    if expires_at <= now():
-        claims = read_token(token, "access")
-        if len(verified_tokens) >= TOKENS_REMEMBERED:
-            verified_tokens.clear()
-        verified_tokens[token] = int(claims["exp"]), claims
     return claims
 
 
@@ -1930,14 +1914,13 @@ def publish(db, message_id):
 
 
 def publish_due():
-    """Publish what is due, as much as takes PUBLISH_SECONDS. Returns False if nothing is.
+    """Publish some of what is due. Returns False if nothing is.
 
     A message that cannot be published holds up no other: it is scheduled again.
     """
     if not (due := list_due_scheduled(connection())):
         return False
     with transaction() as db:
-        ends_at = ticks() + PUBLISH_SECONDS
         for message_id in due:
             try:
                 with transaction():
@@ -1947,8 +1930,6 @@ def publish_due():
                     raise
                 log.error(f"message {message_id} is scheduled again", exc_info=without_text(error))
                 set_send_at(db, message_id, now() + PUBLISH_AGAIN_SECONDS)
-            if ticks() >= ends_at:
-                break
     return True
 
 
@@ -2033,16 +2014,16 @@ def backoff(attempts, longest):
 
 
 def settle(change, *args):
-    """Write down what became of a delivery.
+    """Store what has happened: a delivery was sent, a line was typed.
 
-    While the database cannot, wait: sending it once more would be worse.
+    While the database cannot, wait: to send it once more would be worse.
     """
     while True:
         try:
             with transaction() as db:
                 return change(db, *args)
         except sqlite3.Error:
-            log.exception("a delivery could not be settled; trying again")
+            log.exception("what has happened could not be stored; trying again")
             time.sleep(1)
 
 
@@ -2264,32 +2245,32 @@ def read_update(bot_id, update):
     event = pick(update, kind, dict) or {}
     # A pressed button comes with the message that it is below.
     message = pick(event, "message", dict) or event
-    chat, replied = pick(message, "chat", dict), pick(message, "reply_to_message", dict)
-    is_ours = pick(pick(replied, "from", dict), "id", int) == bot_id
+    of_message = partial(pick, message)
+    chat, replied = of_message("chat", dict), of_message("reply_to_message", dict)
     sender, update_id = pick(event, "from", dict), pick(update, "update_id", int)
-    is_bot, date = pick(sender, "is_bot", bool), pick(message, "date", int)
+    is_bot, date = pick(sender, "is_bot", bool), of_message("date", int)
     text = read_text(message)
-    entities = pick(message, "entities", list) or pick(message, "caption_entities", list) or ()
+    entities = of_message("entities", list) or of_message("caption_entities", list) or ()
     # Without "is_topic_message" it is a thread of replies.
-    is_topic = not replied or pick(message, "is_topic_message", bool)
+    is_topic = not replied or of_message("is_topic_message", bool)
     return Heard(
         chat=(bot_id, pick(chat, "id", int)),
         # Two bots would answer each other for ever.
         text=None if is_bot else text,
-        shown=show_links(text or pick(message, "caption", str) or "", entities),
+        shown=show_links(text or of_message("caption", str) or "", entities),
         kind=kind,
         place=pick(chat, "type", str),
         update_id=update_id,
         # A message without an id of its own is told apart by its update.
-        message_id=pick(message, "message_id", int) or -(update_id or 0),
+        message_id=of_message("message_id", int) or -(update_id or 0),
         written_at=date if date and date > 0 else None,
         is_wordless=sender and not is_bot and text is None and SERVICE.isdisjoint(message),
-        is_forwarded=pick(message, "forward_origin", dict) or pick(message, "forward_date", int),
+        is_forwarded=of_message("forward_origin", dict) or of_message("forward_date", int),
         replied_id=pick(replied, "message_id", int),
         replies_to_bot=pick(pick(replied, "from", dict), "id", int) == bot_id,
         query_id=pick(event, "id", str),
         data=pick(event, "data", str),
-        thread_id=pick(message, "message_thread_id", int) if is_topic else None,
+        thread_id=of_message("message_thread_id", int) if is_topic else None,
     )
 
 
@@ -2512,10 +2493,10 @@ class TelegramError(Exception):
 
 
 WHAT_MENDS = {
-    "InvalidSchema": ": a SOCKS proxy needs the package PySocks",
+    "InvalidSchema": ": a SOCKS proxy needs PySocks",
     "OSError": ": is REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE a file?",
     "ProxyError": ": is HTTPS_PROXY right?",
-    "SSLError": ": is the certificate, or REQUESTS_CA_BUNDLE, right?",
+    "SSLError": ": is the certificate right, or REQUESTS_CA_BUNDLE?",
 }
 
 
@@ -2553,7 +2534,7 @@ class Telegram(Home):
         self.started = ticks()
         self.failures = 0  # calls of run() that failed in a row
         self.is_away = False  # not only one call has failed
-        self.webhook_until = 0  # WEBHOOK_SECONDS after the last webhook was deleted, in ticks
+        self.webhook_until = -1  # in ticks, for how long health names it; 0: one was deleted
         self.presses = threading.Semaphore(PRESSES_AT_ONCE)
         # The address may have been copied with the words that are put behind it.
         api_url = re.sub(r"((?<![:/])/+bot(\d+:.*|[<{$].*)?)?/*$", "", api_url)
@@ -2615,13 +2596,13 @@ class Telegram(Home):
         # Whatever is quoted, without the token: whole, or its secret half.
         description = description.replace(self.secret, "…")
         parameters = pick(answer, "parameters", dict)
-        wait = pick(parameters, "retry_after", int, float)
         # It may be a string, or stand in the description alone.
-        said = f"{pick(parameters, 'retry_after', str)}, {description}"
-        if wait is None and (told := re.search(r"(?:^|retry after )(\d{1,9})\b", said, re.I)):
-            wait = int(told[1])
-        told = wait if wait and wait > 0 else None
-        raise TelegramError(pick(answer, "error_code", int), description, told)
+        said = f"retry after {pick(parameters, 'retry_after', str)} {description}"
+        told = re.search(r"retry after (\d{1,9})\b", said, re.I)
+        wait = pick(parameters, "retry_after", int, float) or int(told[1] if told else 0)
+        raise TelegramError(
+            pick(answer, "error_code", int), description, wait if wait > 0 else None
+        )
 
     def send(self, delivery):
         """Send a text as it is. Telegram's id of the message, or None where it makes no sense.
@@ -2720,10 +2701,10 @@ class Telegram(Home):
         """Tell the operator what a failed poll means. What mends it, or None."""
         if error.code == 409 and "webhook" in str(error).lower():
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
-            if ticks() < self.webhook_until:
-                self.refusal = 409
+            if self.webhook_until >= 0:
+                self.refusal, self.webhook_until = 409, ticks() + WEBHOOK_SECONDS
                 self.error = "another program sets a webhook for this bot: end it"
-            self.webhook_until = ticks() + WEBHOOK_SECONDS
+            self.webhook_until = max(self.webhook_until, 0)
             return partial(apihelper.delete_webhook, self.token)
         self.refusal = error.code if error.code in (401, 404, 409) else None
         self.error = f"polling failed: {error}"
@@ -2732,7 +2713,7 @@ class Telegram(Home):
         elif self.refusal:
             self.error = (
                 f"Telegram refuses TELEGRAM_BOT_TOKEN ({error}): get the right one from @BotFather "
-                "and start again. The HTTP API goes on, deliveries wait."
+                "and start again"
             )
         if self.refusal or self.is_away:
             log.log(logging.ERROR if self.refusal else logging.WARNING, self.error)
@@ -2749,8 +2730,7 @@ class Telegram(Home):
                 if self.is_away:
                     log.warning("Telegram answers again")
                     turns.hurry()
-                is_webhook = ticks() < self.webhook_until and "webhook" in (self.error or "")
-                if self.refusal != 409 or not (self.failures or is_webhook):
+                if self.refusal != 409 or not (self.failures or ticks() < self.webhook_until):
                     # One call in two succeeds while another process polls.
                     self.error = self.refusal = None
                 step, self.failures, self.answered = self.poll, 0, ticks()
@@ -2795,7 +2775,7 @@ class Terminal(Home):
         try:
             print(f"{visible}\n", flush=True)
         except OSError as error:
-            raise NotSent(f"the terminal is gone: {error.strerror}", "later", None) from None
+            raise NotSent(f"the terminal is gone: {error.strerror}") from None
 
     def run(self, stop):
         """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
@@ -2811,27 +2791,20 @@ class Terminal(Home):
                     continue
             if not line:
                 log.warning(
-                    "nobody can write to the bot: standard input has ended. It still repeats here "
-                    "what is written in the API. For a bot on Telegram set TELEGRAM_BOT_TOKEN"
+                    "nobody can write to the bot: standard input has ended. For a bot on Telegram "
+                    "set TELEGRAM_BOT_TOKEN"
                 )
                 return
-            self.hear(line.decode("utf-8", "replace").rstrip("\r\n"), stop)
+            self.hear(line.decode("utf-8", "replace").rstrip("\r\n"))
 
-    def hear(self, text, stop):
-        """Take in one typed line, however long the database may be away."""
+    def hear(self, text):
+        """Take in one typed line."""
         numbered = re.fullmatch("#0*([0-9]+) +(.*)", text)
         # No id is as long as what is cut.
         number = int(numbered[1][:18]) if numbered else None
         text = clean(numbered[2] if numbered else text)
-        heard = Heard((self.id, 0), text, text, number)
-        while text.strip() and not stop.is_set():
-            try:
-                with transaction() as db:
-                    hear(db, heard)
-                return
-            except sqlite3.Error:
-                log.exception("a typed line could not be stored; trying again")
-                stop.wait(1)
+        if text.strip():
+            settle(hear, Heard((self.id, 0), text, text, number))
 
 
 class running:
@@ -2874,7 +2847,7 @@ a, button, .sent { color: var(--accent); } .error, .failed { color: var(--bad); 
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 [aria-busy] button { opacity: .6; } #linked { flex: 1 1 12.4rem; }
 code { font: .875rem/1.6 ui-monospace, monospace; user-select: all; }
-/* It scrolls from its end, which stays in view whatever comes, above it or below. */
+/* Scrolls from its end, which stays in view. */
 #stream { display: flex; flex-direction: column-reverse; flex: 1 1 6.7rem; min-height: 6.7rem;
     height: 0; overflow: hidden auto; }
 #stream > div { margin-bottom: auto; } ol { padding: 0; list-style: none; }
@@ -2887,7 +2860,7 @@ li button { padding: 0 .5rem; min-height: 1.6rem; } li [name=choose] { padding: 
 .long .text { max-height: 10lh; overflow: hidden; }
 .quote { padding-inline-start: .5rem; border-inline-start: 3px solid var(--edge); flex: 1;
     white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-/* Most messages wait for a moment only, too short to cancel them. */
+/* Most messages wait too briefly to be cancelled. */
 [name=cancel] { animation: late 1s step-end; } @keyframes late { from { visibility: hidden; } }
 output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 [hidden], p:empty, span:empty, #linked:empty ~ button, body:not(.in) .in, body:not(.out) .out,
@@ -2967,8 +2940,8 @@ const items = new Map();  // message id: its <li>
 let session = recall("session");  // {username, refresh, access}, or null
 let draft = recall("draft");  // {username, recipient, later, text, reply_to, key}, or null
 let waiting = new AbortController();  // ends the request that waits for news, or a pause
-// Asks the server, as who is signed in, with an access token that is renewed once. Answers
-// {status, value, etag}, or throws what to tell people.
+// Sends a request as the signed-in user; renews the access token once. Returns
+// {status, value, etag}, or throws the words for people.
 async function ask(method, path, {body, headers, signal, seconds = 20, isLast} = {}) {
     const signals = [AbortSignal.timeout(seconds * 1000), signal].filter(Boolean);
     const bearer = session && {Authorization: `Bearer ${session.access}`};
@@ -2991,7 +2964,7 @@ async function ask(method, path, {body, headers, signal, seconds = 20, isLast} =
         || `The server is out of order (status ${status}). Try again later.`;
     throw new Error(WORDS.reduce((words, pair) => words.replace(...pair), said));
 }
-// Nothing of one account is left in the page for the next.
+// Leaves nothing of one account for the next.
 function beginAnew(session, complaint = "") {
     keep("session", session);
     keep("complaint", complaint);
@@ -3013,7 +2986,7 @@ const isMine = ({sender}) => sender === session.username;
 const otherOf = (message) => isMine(message) ? message.recipient : message.sender;
 const nameOf = (person) => person === session.username ? "yourself" : person;
 const chosen = () => draft.recipient.trim().normalize("NFKC") || session.username;
-// Adds those of these messages, in their order, that are new, and shows the deliveries of all.
+// Adds the new ones of these messages, and shows the deliveries of all.
 function showMessages(messages, add = "append") {
     $("messages")[add](...messages.filter(({id}) => !items.has(id)).map(newItem));
     messages.filter(isMine).forEach(showDelivery);
@@ -3052,7 +3025,7 @@ async function quote(at, id) {
         || await ask("GET", `api/messages/${id}/`).then(({value}) => value, () => null);
     if (message) write(at, `Answers ${isMine(message) ? "you" : message.sender}: ${message.text}`);
 }
-// Hides what the filter is not for, and says where a day begins.
+// Applies the filter, and shows where a day begins.
 function arrange(mayForget) {
     const person = $("only").checked && chosen(), old = [...$("messages").children].slice(0, -MOST);
     if (mayForget && old.length) {
@@ -3066,7 +3039,7 @@ function arrange(mayForget) {
     }
     write($("nothing"), day ? "" : "No messages yet.");
 }
-// Keeps the draft until it is sent, and says where it goes. Another message needs another key.
+// Keeps the draft until it is sent. Another message needs another key.
 function changeDraft(change) {
     keep("draft", draft = {...draft, key: "", ...change});
     const {elements} = $("compose"), isNote = chosen() === session.username;
@@ -3083,7 +3056,7 @@ async function post(body, key) {
     $("stream").scrollTop = 0;
     waiting.abort();
 }
-// What the buttons do, by their names.
+// Actions by the names of their buttons.
 const account = () => ({body: Object.fromEntries(new FormData($("sign-in")))});
 const DO = {
     register: () => ask("POST", "api/users/register/", account()).then(DO.log_in),
@@ -3140,7 +3113,7 @@ const DO = {
         if (draft.key === key) changeDraft({text: "", later: "", reply_to: null});
     },
 };
-// One thing at a time; why it failed is said.
+// Does one thing at a time, and shows why it failed.
 async function press(event) {
     const button = event.submitter || event.target;
     event.preventDefault();
@@ -3158,7 +3131,7 @@ const pause = (seconds, signal) => new Promise((resume) => {
     setTimeout(resume, seconds * 1000);
     signal.addEventListener("abort", resume);
 });
-// Shows what is new, as it comes. A hidden tab asks seldom: a browser has but six connections.
+// Shows news as it comes. A hidden tab asks seldom: browsers allow six connections.
 async function watch() {
     for (let last = null;;) {
         const {signal} = waiting = new AbortController();
@@ -3174,8 +3147,7 @@ async function watch() {
         }
     }
 }
-// Asks for the last WATCHED messages and what is new: by its ETag, the same list comes only once it
-// has changed.
+// Lists the last WATCHED messages and newer ones, unless their ETag is the known one.
 async function listNews({after, etag}, signal) {
     const {value} = await ask("GET", "api/messages/?delivery=scheduled&limit=200", {signal});
     $("scheduled").replaceChildren(...value.map(newItem));
@@ -3291,9 +3263,6 @@ def refuse_for(wait):
 
 # Another one at each start: a database that was restored counts changes anew.
 STARTED = secrets.token_hex(4)
-
-# Of an answer with an ETag: the client's own cache may keep it, and has to ask each time.
-ASK_AGAIN = "private, no-cache"
 
 
 def encode_json(value):
@@ -3564,16 +3533,14 @@ def token_user(claims):
     """
     user_id = str(claims.get("user_id"))
     user = find_user(connection(), int(user_id)) if re.fullmatch("[0-9]{1,18}", user_id) else None
-    # Version 1.1.0 left the claim out; its access tokens end in five minutes.
-    is_old = "hash_password" not in claims and claims.get("token_type") == "access"
-    if user and not is_old and claims.get("hash_password") != hash_of_hash(user["password"]):
+    if user and claims.get("hash_password") != hash_of_hash(user["password"]):
         raise HTTPError(401, PASSWORD_CHANGED)
     return user
 
 
 def sign_in_by_token(token):
     """The user of an access token. Raises TokenError, HTTPError 401."""
-    claims = read_access_token(token)
+    claims = read_token(token, "access")
     if "user_id" not in claims:
         raise HTTPError(401, coded("Token contained no recognizable user identification"))
     user = token_user(claims)
@@ -3715,7 +3682,7 @@ class NewPassword(Text):
         if text.isdigit():
             yield "This password is entirely numeric."
         if "\ufffd" in text:
-            yield "This password holds U+FFFD, which stands for what could not be read: send UTF-8."
+            yield "It holds U+FFFD, for what could not be read: send UTF-8."
 
 
 class Choice(Field):
@@ -3773,6 +3740,9 @@ class Number(Field):
     """An integer, of a query string too. It may be written as 3.0, as in the original."""
 
     type = "integer"
+
+    def __init__(self, least, most, **schema):
+        super().__init__(minimum=least, maximum=most, **schema)
 
     def read(self, value, username=None):
         if not (digits := re.fullmatch("(-?[0-9]{1,20})(?:[.]0*)?", str(value))):
@@ -3943,33 +3913,18 @@ def refuse_constant(name):
     raise ValueError(f"Out of range float values are not JSON compliant: {name!r}")
 
 
-def finite_float(digits):
-    """A float, unless it is too large for one."""
-    value = float(digits)
-    if math.isinf(value):
-        refuse_constant(digits)
-    return value
-
-
 # One for all: making it takes as long as what it decodes.
-JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+# Fractions stay as they are written, also 1e400, which is no float.
+JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=str)
 
 
 PAGING = {
-    "after": Number(
-        minimum=0, maximum=MAX_ID, example=0, description="Only what is later than this id."
-    ),
+    "after": Number(0, MAX_ID, example=0, description="Only what is later than this id."),
     "before": Number(
-        minimum=0,
-        maximum=MAX_ID,
-        example=1_000_000,
-        description="Only what is earlier than this id.",
+        0, MAX_ID, example=1_000_000, description="Only what is earlier than this id."
     ),
     "limit": Number(
-        minimum=1,
-        maximum=MAX_PAGE_ROWS,
-        example=100,
-        description="At most so many; a Link then names the next page.",
+        1, MAX_PAGE_ROWS, example=100, description="At most so many; a Link names the next page."
     ),
 }
 
@@ -3982,7 +3937,7 @@ def answer_list(listing, user, **given):
         end_page(listing, page, sent)
     _, is_whole, piece = read_piece(listing, page, LIST_ROWS, LIST_BYTES)
     if not piece and page["after"] > find_last_id(connection(), listing):
-        sentence = "No id is so great: the database was restored from a copy. Start from 0."
+        sentence = "There is no such id yet: was the database restored? Start from 0."
         raise HTTPError(400, {"after": [sentence]})
     return b"[%s]" % piece if is_whole else stream_rows(listing, page)
 
@@ -3993,12 +3948,13 @@ def answer_unchanged(user, wait):
     RFC 9110, section 13.1.2. Raises WaitForNews.
     """
     etag = f'"{STARTED}-{user["id"]}-{user["changes"]}"'
+    # The client's own cache may keep the answer, and has to ask each time.
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     known = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if etag in known or known.strip() == "*":
         wait_for_news(user, wait)
-        raise HTTPResponse(status=304, ETag=etag, Cache_Control=ASK_AGAIN)
-    response.set_header("ETag", etag)
-    response.set_header("Cache-Control", ASK_AGAIN)
+        raise HTTPResponse(status=304, **headers)
+    response.headers.update(headers)
 
 
 def wait_for_news(user, wait):
@@ -4029,19 +3985,17 @@ def end_page(listing, page, given):
 def stream_rows(listing, page):
     """Yield the array in pieces, each read from the database when it is asked for.
 
-    The more a client has read, the larger they are: that is faster, and little is kept for one that
-    reads nothing.
+    They are small, so that little is kept for a client that reads nothing.
     """
     # Bottle asks for the first at once, on the serving thread.
     yield b"["
-    read, is_whole = 0, False
+    comma, is_whole = b"", False
     while not is_whole:
-        size = min(max(read // 8, LIST_PIECE_BYTES), LIST_BYTES)
-        page["after"], is_whole, *piece = read_piece(listing, page, math.inf, size)
+        page["after"], is_whole, *piece = read_piece(listing, page, math.inf, LIST_PIECE_BYTES)
         if piece[0]:
-            comma, read = b"," if read else b"", read + len(piece[0])
             # Popped: it is not kept here while the client reads it.
             yield comma + piece.pop()
+            comma = b","
     yield b"]"
 
 
@@ -4127,7 +4081,7 @@ A_DETAIL = component(
     {
         **an_object(detail=A_TEXT),
         "additionalProperties": True,
-        "description": "A sentence; with it the code of a bad token, or all else about the health.",
+        "description": "A sentence, and what else is known.",
     },
 )
 FIELD_ERRORS = component(
@@ -4144,8 +4098,8 @@ NEW_PASSWORD_FIELD = NewPassword(
     minLength=MIN_PASSWORD, maxLength=MAX_PASSWORD, example="S3cure-pass-91"
 )
 WAIT = Number(
-    minimum=0,
-    maximum=WAIT_SECONDS,
+    0,
+    WAIT_SECONDS,
     example=0,
     description="Seconds to wait for something new, where there is none.",
 )
@@ -4484,9 +4438,7 @@ def list_all_users(user, **page):
         description="At once, if left out.",
     ),
     # Without an example, which would be no message of who tries it.
-    reply_to=Number(
-        minimum=1, maximum=MAX_ID, description="The id of the message of yours that it answers."
-    ),
+    reply_to=Number(1, MAX_ID, description="The id of the message of yours that it answers."),
     choices=Several(
         Text(tidy=tidy_choice, maxLength=MAX_CHOICE),
         2,
@@ -4581,8 +4533,8 @@ def replay(request_hash, earlier):
         description="Only those of this delivery.",
     ),
     reply_to=Number(
-        minimum=1,
-        maximum=MAX_ID,
+        1,
+        MAX_ID,
         example=17,
         description="Only the answers to the message of this id.",
     ),
@@ -4676,11 +4628,11 @@ SECURITY = {
 MEANINGS = {
     **HTTP_CODES,
     **PUBLIC_DETAILS,
-    400: "The request cannot be read, or fields of it are wrong: each with its sentences.",
+    400: "The request cannot be read, or fields of it are wrong.",
     401: "The token, or name and password, are not valid.",
     409: "It is too late for this.",
     422: "The Idempotency-Key was used for another request.",
-    429: "This was tried, or sent, too often: wait for so many seconds as Retry-After says.",
+    429: "Too often: wait for as many seconds as Retry-After says.",
 }
 
 
@@ -4988,12 +4940,12 @@ class Answer:
         body = encode_json(
             {"detail": PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")}
         )
-        headers = [
-            ("Content-Type", response.default_content_type),
-            ("Content-Length", str(len(body))),
-        ]
+        headers = {
+            "Content-Type": response.default_content_type,
+            "Content-Length": str(len(body)),
+        }
         if error.code == 503:
-            headers.append(("Retry-After", "5"))
+            headers["Retry-After"] = "5"
         self.start(f"{error.code} {error.reason}", headers)
         self.pieces, self.closes = None, True
         self.written = self.make_head() + body
@@ -5065,7 +5017,7 @@ class Channel(wasyncore.dispatcher):
         self.unread += self.recv(self.adj.recv_bytes)
         if self.unread.startswith(TLS_HANDSHAKE) and not (self.request or self.answer):
             if not said_limiter.try_once({"TLS": TLS_WARNINGS}):
-                log.warning("a client speaks TLS (https://) to this port, which is plain HTTP")
+                log.warning("a client speaks TLS (https) to this port of plain HTTP")
             self.handle_close()
             return
         self.read()
@@ -5456,8 +5408,7 @@ def read_arguments(argv):
   FACTORYAPP_LOG_LEVEL  the same as the options; an option wins
   TELEGRAM_BOT_TOKEN    the bot's token from @BotFather; without it the bot talks in this terminal
   TELEGRAM_API_URL      Bot API server to use (default https://api.telegram.org)
-  FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: made at first start,
-                        kept in the database)
+  FACTORYAPP_SECRET     key that signs the JWTs, at least 32 bytes (default: one in the database)
   TELEGRAM_BOT_TOKEN_FILE, FACTORYAPP_SECRET_FILE  files that hold them instead""",
     )
     parser.add_argument("--version", action="version", version=f"FactoryApp {VERSION}")
@@ -5465,8 +5416,7 @@ def read_arguments(argv):
         "--trusted-proxy",
         type=networks,
         default=read_variable("FACTORYAPP_TRUSTED_PROXY"),
-        help="addresses or networks of reverse proxies whose X-Forwarded-… is believed, with "
-        "commas between",
+        help="reverse proxies (addresses, networks) whose X-Forwarded-… is believed",
     )
     administration = parser.add_mutually_exclusive_group()
     for name, explanation in (
@@ -5478,19 +5428,19 @@ def read_arguments(argv):
             "disable",
             "end the tokens and keys of the account NAME, unlink its chat, let no password fit",
         ),
-        ("erase", "delete the account NAME and every message that it sent or received"),
+        ("erase", "delete NAME and every message that it sent or received"),
     ):
         administration.add_argument(
             f"--{name}",
             metavar="NAME",
             type=account_name,
-            help=f"{explanation}; starts no server, but one may run",
+            help=f"{explanation}; a server may run",
         )
     parser.add_argument("--yes", action="store_true", help="erase without asking")
     administration.add_argument(
         "--accounts",
         action="store_true",
-        help="list the accounts: since when, linked to which bot since when, whether disabled",
+        help="list the accounts: since when, linked to which bot, whether disabled",
     )
     for name, default, pattern, explanation in (
         ("host", "127.0.0.1", ".+", "address to listen on (default 127.0.0.1)"),
@@ -5500,21 +5450,20 @@ def read_arguments(argv):
             "registration",
             "open",
             "open|closed",
-            "who may make an account: open (anybody who reaches the port) or closed (only "
-            "--set-password) (default open)",
+            "who may make an account: open (anybody) or closed (--set-password) (default open)",
         ),
         (
             "keep-days",
             "0",
             "[0-9]{1,4}",
-            "days after which messages that are not queued are deleted, 0 for never (default 0)",
+            "days that messages are kept, unless they are queued; 0: for ever (default 0)",
         ),
         (
             "log-level",
             None,
             "debug|info|warning|error",
-            "least urgent lines to log to standard error: debug, info (a line a request), "
-            "warning or error (default info; warning while the bot talks in this terminal)",
+            "lines to log: debug, info (one a request), warning or error (default info; warning "
+            "while the bot talks in this terminal)",
         ),
     ):
         parser.add_argument(
@@ -5673,10 +5622,10 @@ def ask_password(name):
 
 def confirm(name):
     """Ask whether an account shall be erased. Raises BadSetting unless its name is typed."""
-    is_terminal = sys.stdin and sys.stdin.isatty()
-    if is_terminal:
-        announce(f"To erase {name} and all its messages, for ever, type the name:")
-    if not is_terminal or sys.stdin.readline().strip() != name:
+    typed = None
+    with suppress(AttributeError, EOFError):
+        typed = sys.stdin.isatty() and input(f"To erase {name} for ever, type the name: ")
+    if typed != name:
         raise BadSetting("Nothing was erased: type the name at a terminal, or add --yes.")
 
 
