@@ -1027,11 +1027,6 @@ def set_password(db, user_id, old_hash, new_hash):
     """Change the password: every token and key ends. Returns False if it was changed before."""
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
     db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
-    return set_hash(db, user_id, old_hash, new_hash)
-
-
-def set_hash(db, user_id, old_hash, new_hash):
-    """Change the hash of a password. Returns False if it was changed before."""
     return db.changes(
         "UPDATE users SET password = ? WHERE id = ? AND password = ?", new_hash, user_id, old_hash
     )
@@ -3913,9 +3908,16 @@ def refuse_constant(name):
     raise ValueError(f"Out of range float values are not JSON compliant: {name!r}")
 
 
+def finite_float(digits):
+    """Return a float. Raises ValueError if it is too large for one."""
+    value = float(digits)
+    if math.isinf(value):
+        refuse_constant(digits)
+    return value
+
+
 # One for all: making it takes as long as what it decodes.
-# Fractions stay as they are written, also 1e400, which is no float.
-JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=str)
+JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
 PAGING = {
@@ -4215,11 +4217,6 @@ def log_in(username, password):
     user = is_right and find_user(connection(), user["id"])
     if not user or user["password"] != password_hash:
         raise refusal(401, "No active account found with the given credentials")
-    if f"${SCRYPT['n']}$" not in password_hash:
-        # Of version 1.1.0, with four times the memory.
-        with transaction() as db:
-            set_hash(db, user["id"], password_hash, hash_password(password))
-            user = find_user(db, user["id"])
     return {"refresh": issue_token("refresh", user), "access": issue_token("access", user)}
 
 

@@ -5776,6 +5776,8 @@ def test_body_that_is_encoded_as_identity_is_read(http, encoding):
 ODD_VALUES = [
     '"a\\u0000"',
     '"\\ud800"',
+    "1e999",
+    "-1e999",
     "null",
     "true",
     "[]",
@@ -6465,22 +6467,14 @@ def test_new_password_ends_every_token_issued_before(http, clock):
         http.get("/api/users/me/", headers=headers)
 
 
-def test_hash_of_version_1_1_0_is_valid_and_replaced_at_a_login(http):
-    alice = join(http, "alice")
-    make_key(http, alice)
+def test_hash_of_version_1_1_0_is_valid(http):
+    register(http, "alice")
     old = factoryapp.hash_with(factoryapp.new_salt(), PASSWORD, 2**5, 8, 3)
     with factoryapp.transaction() as db:
         db.execute("UPDATE users SET password = ?", [old])
     try_password(http, "alice")
-    stored = "SELECT password FROM users"
-    assert factoryapp.connection().one(stored)[0] == old
-    for _ in range(2):
-        alice = log_in(http, "alice")
-        replaced = factoryapp.connection().one(stored)[0]
-        assert replaced.startswith(f"scrypt${factoryapp.SCRYPT['n']}$")
-        assert len(list_keys(http, alice)) == 1
     log_in(http, "alice")
-    assert factoryapp.connection().one(stored)[0] == replaced
+    assert factoryapp.connection().one("SELECT password FROM users")[0] == old
 
 
 def test_account_that_is_erased_while_its_login_is_hashed_is_refused(http, monkeypatch):
@@ -6879,7 +6873,8 @@ def test_link_token_comes_with_the_bot_that_takes_it(http, telegram, bot_api, mo
         (
             '{"text": "a", "recipient": 1e999}',
             400,
-            '{"recipient":["No such user."]}',
+            '{"detail":"JSON parse error - '
+            "Out of range float values are not JSON compliant: '1e999'\"}",
         ),
     ],
 )
@@ -7032,6 +7027,10 @@ def test_optional_field_that_is_null_is_not_given(http):
 def test_integer_may_be_written_as_a_float(http):
     headers = join(http, "alice")
     post(http, headers, "one")
+    body = b'{"text": "x", "reply_to": 10e-1}'
+    assert (
+        http.post("/api/messages/", body, content_type=JSON, headers=headers).json["reply_to"] == 1
+    )
     for n in (1.0, "1.", "1.00"):
         assert post(http, headers, "x", reply_to=n)["reply_to"] == 1
     assert [
