@@ -16,8 +16,9 @@ One message's journey:
 
 Threads: the serving thread reads every request and serves most. Those of the pools take what would
 hold it up (POOLS). The outbox thread takes turns, up to 64 senders deliver. The polling thread
-listens to Telegram or to the terminal, one sees to the upkeep. They share the database, `turns`,
-`news`, what is known of the bot, and the event that stops them, nothing else.
+listens to Telegram or to the terminal; each pressed button is answered on a thread of its own. One
+thread does the upkeep, one writes the log. They share the database, `turns`, `news`, `log_lines`,
+what is known of the bot, and the event that stops them, nothing else.
 
 Rooms, each using only those above it:
   Settings  what can be set, and every limit      Page     what GET / answers
@@ -1038,7 +1039,8 @@ def list_changes(db, user_ids):
     return dict(db.run(sql, user_ids))
 
 
-KEY = "id, name, created_at, expires_at, last_used_on"
+# The columns of an API key that are answered.
+KEY_COLUMNS = "id, name, created_at, expires_at, last_used_on"
 
 
 def add_key(db, user_id, name, key, expires_at):
@@ -1046,7 +1048,7 @@ def add_key(db, user_id, name, key, expires_at):
     return db.one(
         f"""
         INSERT INTO api_keys (user_id, name, key_hash, created_at, expires_at)
-        VALUES (?, ?, ?, ?, ?) RETURNING {KEY}
+        VALUES (?, ?, ?, ?, ?) RETURNING {KEY_COLUMNS}
         """,
         user_id,
         name,
@@ -1060,7 +1062,7 @@ def list_keys(db, user_id):
     """Return a user's keys that have not expired, as they are answered."""
     return db.run(
         f"""
-        SELECT {KEY} FROM api_keys
+        SELECT {KEY_COLUMNS} FROM api_keys
         WHERE user_id = ? AND (expires_at IS NULL OR expires_at > ?) ORDER BY id
         """,
         user_id,
@@ -2163,7 +2165,7 @@ def announce(line):
 # Its name and argument: "/start@bot TOKEN".
 COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
 # What secrets.token_urlsafe(32) makes; then the same, whatever it leans on.
-TOKEN = re.compile("(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
+LINK_TOKEN = re.compile("(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
 SHOWN_TOKEN = re.compile("(?=([A-Za-z0-9_-]{43}))")
 SHOWN_TOKENS = 100  # of the latter that are looked up, at most
 # Kinds of message that Telegram writes by itself: the library's list, and those that it lacks.
@@ -2301,7 +2303,7 @@ def converse(db, heard):
 
 def find_tokens(heard):
     """Return what looks like a link token, anywhere in a text."""
-    return TOKEN.findall(heard.shown) + SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
+    return LINK_TOKEN.findall(heard.shown) + SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
 
 
 def use_token(db, heard, user):
@@ -4776,7 +4778,9 @@ def show_openapi():
 #   its errors: ParsingError, BadRequest, InternalServerError; code, reason, body
 #   TcpWSGIServer: application, channel_class, adj, pull_trigger, handle_accept
 #   wasyncore is what asyncore was, as Python 3.11 documents it.
-# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session.
+# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session; of
+# urllib3 on create_connection and HAS_IPV6 of urllib3.util.connection; end() on unfinished_tasks of
+# queue.Queue.
 
 
 # Threads of each worker pool. None waits behind what is slower or more: a login not behind

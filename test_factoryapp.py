@@ -466,6 +466,11 @@ def link_chat(http, telegram, bot_api, headers, chat_id):
     assert "успешно привязаны" in say(telegram, bot_api, chat_id, link_token(http, headers))[-1]
 
 
+def refuse_thread(*arguments):
+    """What start_thread() does where the system allows no more threads."""
+    raise factoryapp.BadSetting("can't start new thread")
+
+
 def end_presses():
     """Wait until the presses that were taken in are answered."""
     for thread in threading.enumerate():
@@ -3537,15 +3542,11 @@ def test_press_for_which_there_is_no_thread_holds_up_nothing(
 ):
     ask(http, telegram, pair[0])
     [asked] = copies(bot_api, 8, "Стоп?")
-
-    def refuse(*arguments):
-        raise factoryapp.BadSetting("can't start new thread")
-
     for _ in range(factoryapp.PRESSES_AT_ONCE + 1):
         bot_api.press(8, asked, data="1:9")
     bot_api.press(8, asked)
     with monkeypatch.context() as patch:
-        patch.setattr(factoryapp, "start_thread", refuse)
+        patch.setattr(factoryapp, "start_thread", refuse_thread)
         assert own_copy("x") in say(telegram, bot_api, 7, "x")
     assert links(http, pair[1])[1:] == [("bob", "alice", "Да", 1)] and "thread" in caplog.text
     assert press(telegram, bot_api, 8, asked) == [factoryapp.TOO_LATE]
@@ -9828,11 +9829,7 @@ def test_with_few_files_it_works_by_fewer_connections(start, files):
 
 def test_without_threads_to_send_the_outbox_sends_itself(telegram, bot_api, monkeypatch, caplog):
     queue(7, 8)
-
-    def refuse(*arguments):
-        raise factoryapp.BadSetting("can't start new thread")
-
-    monkeypatch.setattr(factoryapp, "start_thread", refuse)
+    monkeypatch.setattr(factoryapp, "start_thread", refuse_thread)
     stop = threading.Event()
     outbox = threading.Thread(target=factoryapp.run_outbox, args=(telegram, stop))
     outbox.start()
@@ -9844,7 +9841,7 @@ def test_without_threads_to_send_the_outbox_sends_itself(telegram, bot_api, monk
 
 @as_root
 @pytest.mark.parametrize("threads, code", [(1, 2), (5, 2), (15, 0)])
-def test_with_few_threads_it_says_so_or_works(tmp_path, threads, code):
+def test_with_few_threads_it_says_so_or_works(start, tmp_path, threads, code):
     tmp_path.chmod(0o777)
     may_read = "=+dac_override,+dac_read_search"
     as_another = "--reuid=54321 --regid=54321 --clear-groups".split()
@@ -9858,11 +9855,10 @@ def test_with_few_threads_it_says_so_or_works(tmp_path, threads, code):
             "factoryapp: can't start new thread: allow 100 more (ulimit -u, or TasksMax).\n",
         )
         return
-    with closing(Program(tmp_path, prefix=prefix)) as program:
-        headers = join(program.http, "alice")
-        program.type(link_token(program.http, headers))
-        program.wait_for("успешно привязаны")  # by the one sender that there is a thread for
-        assert program.end()[0] == 0
+    program = start(prefix=prefix)
+    program.type(link_token(program.http, join(program.http, "alice")))
+    program.wait_for("успешно привязаны")  # by the one sender that there is a thread for
+    assert program.end()[0] == 0
 
 
 def test_with_too_few_files_it_says_how_many_it_needs():
@@ -10674,26 +10670,17 @@ def test_log_at_debug_shows_no_secrets_while_telegram_fails_in_every_way(start, 
         assert secret not in log
 
 
-def test_log_that_nobody_reads_holds_up_nobody(tmp_path):
+def test_log_that_nobody_reads_holds_up_nobody(start):
     reads, writes = os.pipe()
-    with subprocess.Popen(
-        [sys.executable, HERE / "factoryapp.py", "--db", tmp_path / "factoryapp.db", "--port", "0"]
-        + ["--log-level", "info"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=writes,
-    ) as process:
-        host, port = re.search(rb"http://(.+):(\d+)", process.stdout.readline()).groups()
-        client = HTTPConnection(host.decode(), int(port), timeout=5)
-        with closing(client):
-            for _ in range(factoryapp.LOG_LINES + 1500):  # the pipe takes 64 KiB
-                client.request("GET", "/x")
-                assert client.getresponse().read()
-        process.terminate()
-        assert process.wait(5) == 0
-        os.close(writes)
-        with open(reads, "rb") as log:
-            assert log.read().count(b"GET /x 404") > 500
+    program = start("--log-level", "info", preexec_fn=lambda: os.dup2(writes, 2))
+    with closing(HTTPConnection(*program.address, timeout=5)) as client:
+        for _ in range(factoryapp.LOG_LINES + 1500):  # the pipe takes 64 KiB
+            client.request("GET", "/x")
+            assert client.getresponse().read()
+    assert program.end()[0] == 0
+    os.close(writes)
+    with open(reads, "rb") as log:
+        assert log.read().count(b"GET /x 404") > 500
 
 
 def test_what_is_logged_before_the_end_is_written(start):
