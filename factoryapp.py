@@ -1012,6 +1012,16 @@ def find_user_by_name(db, username):
     return db.one(f"SELECT {USER} FROM users WHERE username = ?", username)
 
 
+def find_user_in_any_case(db, username):
+    """Return the user of this name, or of one that differs by case alone, or None."""
+    return db.one(
+        f"SELECT {USER} FROM users WHERE username = ? OR folded = ? ORDER BY username <> ? LIMIT 1",
+        username,
+        fold(username),
+        username,
+    )
+
+
 def list_accounts(db):
     """Return all accounts by name, in words: (name, id, since, bot, linked since, state)."""
     return db.run(
@@ -1335,24 +1345,45 @@ def own_messages(*parts):
 
 SENT = "m.sender_id = :user"
 RECEIVED = "m.recipient_id = :user AND m.recipient_id <> m.sender_id"
+OF_DELIVERY = "AND m.delivery = :delivery"
 OWN_MESSAGES = own_messages(("sender", SENT), ("recipient", RECEIVED))
 OWN_MESSAGES_BY_DELIVERY = own_messages(
-    ("sender_delivery", f"{SENT} AND m.delivery = :delivery"),
-    ("recipient_delivery", f"{RECEIVED} AND m.delivery = :delivery"),
+    ("sender_delivery", f"{SENT} {OF_DELIVERY}"),
+    ("recipient_delivery", f"{RECEIVED} {OF_DELIVERY}"),
 )
+OTHER = "(SELECT id FROM users WHERE username = :with)"
+# From oneself nothing is received.
+SENT_TO = f"{SENT} AND m.recipient_id = {OTHER}"
+RECEIVED_FROM = f"m.recipient_id = :user AND m.sender_id = nullif({OTHER}, :user)"
+CONVERSATION = own_messages(("pair", SENT_TO), ("pair", RECEIVED_FROM))
+CONVERSATION_BY_DELIVERY = own_messages(
+    ("pair_delivery", f"{SENT_TO} {OF_DELIVERY}"),
+    ("pair_delivery", f"{RECEIVED_FROM} {OF_DELIVERY}"),
+)
+# These are few, so that the other conditions need no index.
 OWN_ANSWERS = own_messages(
     (
-        "reply",
-        """
+        "answered",
+        f"""
         m.reply_to = :reply_to AND :user IN (m.sender_id, m.recipient_id)
         AND m.delivery = coalesce(:delivery, m.delivery)
+        AND (:with IS NULL OR {OTHER} =
+            CASE :user WHEN m.sender_id THEN m.recipient_id ELSE m.sender_id END)
         """,
     )
 )
 OWN_SCHEDULED = Listing(
     *map(
         of_scheduled,
-        own_messages(("sender", f"{SENT} AND coalesce(:reply_to, 0) IN (m.reply_to, 0)")),
+        own_messages(
+            (
+                "sender",
+                f"""
+                {SENT} AND coalesce(:reply_to, 0) IN (m.reply_to, 0)
+                AND (:with IS NULL OR m.recipient_id = {OTHER})
+                """,
+            )
+        ),
     )
 )
 
@@ -3605,13 +3636,12 @@ class Field:
 class Text(Field):
     """A text: what is taken, and Django REST framework's wording of what is not."""
 
-    required = True
     # Not blank. JSON schema knows \s and \w of ASCII alone.
     pattern = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
-    def __init__(self, tidy=str, **schema):
+    def __init__(self, tidy=str, required=True, **schema):
         super().__init__(**{"minLength": 1, "pattern": self.pattern, **schema})
-        self.tidy = tidy
+        self.tidy, self.required = tidy, required
 
     def read(self, value, username=None):
         """The text that was sent, by this user if that is known. Raises Refused."""
@@ -4097,6 +4127,13 @@ FIELD_ERRORS = component(
 USERNAME_FIELD = NewUsername(tidy=tidy_username, maxLength=MAX_USERNAME, example="alice")
 # The name of somebody who may not exist.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
+# Bottle reads a query string as Latin-1. With bytes that are not UTF-8 it names nobody.
+WITH_FIELD = Text(
+    tidy=lambda name: tidy_username(name.encode("latin-1").decode(errors="replace")),
+    required=False,
+    example="alice",
+    description="Only the conversation with this user; with yourself: your notes.",
+)
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(
     minLength=MIN_PASSWORD, maxLength=MAX_PASSWORD, example="S3cure-pass-91"
@@ -4497,13 +4534,17 @@ def find_recipients(db, user, recipient, reply_to):
         raise HTTPError(400, {"reply_to": ["No such message."]})
     if not recipient:
         return [other or user]
-    is_one = isinstance(recipient, str)
-    names = [recipient] if is_one else recipient
-    found = {name: find_user_by_name(db, name) for name in names}
-    if unknown := [name for name in names if not found[name]]:
+    return find_named_users(db, "recipient", recipient)
+
+
+def find_named_users(db, field, names):
+    """Return the users of a name or a list of names, each once. Raises HTTPError 400."""
+    is_one = isinstance(names, str)
+    found = {name: find_user_in_any_case(db, name) for name in ([names] if is_one else names)}
+    if unknown := [name for name in found if not found[name]]:
         which = "" if is_one else f": {', '.join(unknown)}"
-        raise HTTPError(400, {"recipient": [f"No such user{which}."]})
-    return found.values()
+        raise HTTPError(400, {field: [f"No such user{which}."]})
+    return list({user["id"]: user for user in found.values()}.values())
 
 
 def read_idempotency_key():
@@ -4531,6 +4572,7 @@ def replay(request_hash, earlier):
         example="failed",
         description="Only those of this delivery.",
     ),
+    **{"with": WITH_FIELD},
     reply_to=Number(
         1,
         MAX_ID,
@@ -4548,6 +4590,9 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
     by their delivery alone.
     """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
+    if page["with"]:
+        listing = CONVERSATION_BY_DELIVERY if delivery else CONVERSATION
+        page["with"] = find_named_users(connection(), "with", page["with"])[0]["username"]
     if reply_to:
         listing, reply_to = OWN_ANSWERS, find_new_id(connection(), reply_to, user["id"])
     if delivery == "scheduled":

@@ -113,9 +113,12 @@ CREATE TABLE IF NOT EXISTS messages (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
 CREATE INDEX IF NOT EXISTS messages_by_recipient ON messages (recipient_id) WHERE recipient_id <> sender_id;
-CREATE INDEX IF NOT EXISTS messages_by_reply ON messages (reply_to) WHERE reply_to IS NOT NULL;
+-- With more than it sorts by: the answers to a message are filtered without reading them.
+CREATE INDEX IF NOT EXISTS messages_by_answered ON messages (reply_to, id, sender_id, recipient_id, delivery)
+    WHERE reply_to IS NOT NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS messages_by_scheduled_id ON messages (scheduled_id) WHERE scheduled_id IS NOT NULL;
-CREATE INDEX IF NOT EXISTS messages_queued ON messages (sender_id, recipient_id) WHERE delivery = 'queued';
+CREATE INDEX IF NOT EXISTS messages_by_pair ON messages (sender_id, recipient_id);
+CREATE INDEX IF NOT EXISTS messages_by_pair_delivery ON messages (sender_id, recipient_id, delivery);
 CREATE INDEX IF NOT EXISTS messages_by_sender_delivery ON messages (sender_id, delivery);
 CREATE INDEX IF NOT EXISTS messages_by_recipient_delivery ON messages (recipient_id, delivery) WHERE recipient_id <> sender_id;
 
@@ -238,6 +241,8 @@ INSERT INTO outbox
 DROP TABLE old_outbox;
 DELETE FROM messages WHERE id IN (SELECT id FROM scheduled);
 DROP INDEX users_by_folded;
+DROP INDEX IF EXISTS messages_queued;
+DROP INDEX IF EXISTS messages_by_reply;
 ALTER TABLE heard DROP COLUMN album;
 ALTER TABLE heard DROP COLUMN was_told;
 DROP TABLE leftovers;

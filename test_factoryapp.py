@@ -5928,6 +5928,7 @@ def test_etag_of_before_a_restart_is_none(start):
 
 
 LISTS = ["", "?limit=3", "?before=20&limit=2", "?delivery=failed", "?delivery=scheduled"]
+LISTS.append("?with=bob&limit=3")
 TRIGGERS = re.findall(
     r"TRIGGER IF NOT EXISTS ((?:messages|scheduled)_\w+) AFTER", (HERE / "schema.sql").read_text()
 )
@@ -7206,12 +7207,13 @@ def test_senseless_idempotency_key_is_refused(http, key):
         (["bob", "alice"], ["bob", "alice"]),
         (["alice", "carol", "bob"], ["alice", "carol", "bob"]),
         (["bob"], ["bob"]),
+        (["BoB", "bob", "CAROL"], ["bob", "carol"]),
         (["carol", " bob ", "ｂｏｂ", "carol", "bob"], ["carol", "bob"]),
         ([f"user{n}" for n in range(20)], [f"user{n}" for n in range(20)]),
         (["user1"] * 30 + ["bob"], ["user1", "bob"]),
         ([5], ["5"]),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_message_to_several_is_one_to_each_in_their_order(http, recipient, names):
     alice = join(http, "alice")
@@ -7222,6 +7224,22 @@ def test_message_to_several_is_one_to_each_in_their_order(http, recipient, names
         (n, name, "hi") for n, name in enumerate(names, 1)
     ]
     assert list_messages(http, alice) == sent
+
+
+def test_recipient_is_found_in_any_case_and_by_the_very_name_first(http):
+    alice = join(http, "alice")
+    for name in ("Bob", "ÆGIR", "STRASSE"):
+        register(http, name)
+    # As accounts of before names were unique whatever their case.
+    factoryapp.connection().execute(
+        "INSERT INTO users (username, password, created_at, folded) VALUES ('BOB', '', '', 'bob 5')"
+    )
+    found = [
+        post(http, alice, "hi", recipient=name)["recipient"]
+        for name in ("Bob", "bOB", "BOB", "ægir", "straße", "ALICE")
+    ]
+    assert found == ["Bob", "Bob", "BOB", "ÆGIR", "STRASSE", "alice"]
+    http.post_json("/auth/token/", {"username": "bob", "password": PASSWORD}, status=401)
 
 
 @pytest.mark.parametrize(
@@ -7456,6 +7474,39 @@ def test_list_is_of_one_delivery_where_that_is_asked_for(http, one_of_each):
             assert list(before) == [[n] for n in reversed(ids)] and len(ids) >= 1
 
 
+def test_list_is_of_one_conversation_where_that_is_asked_for(http, one_of_each):
+    shown = 0
+    for me, headers in zip(("alice", "bob"), one_of_each, strict=True):
+        for delivery, other in itertools.product(
+            ["", *factoryapp.DELIVERIES], ["AlicE", "ｂｏｂ", "CAROL"]
+        ):
+            name, query = factoryapp.fold(other), f"delivery={delivery}&" if delivery else ""
+            ids = [
+                message["id"]
+                for message in http.get(f"/api/messages/?{query}", headers=headers).json
+                if sorted([message["sender"], message["recipient"]]) == sorted([me, name])
+            ]
+            url = f"/api/messages/?{query}with={quote(other)}"
+            assert [message["id"] for message in http.get(url, headers=headers).json] == ids
+            pages = [[n] for n in ids] or [[]]
+            assert list(follow_pages(http, headers, f"{url}&limit=1")) == pages
+            before = follow_pages(http, headers, f"{url}&limit=1&before={factoryapp.MAX_ID}")
+            assert list(before) == pages[::-1]
+            shown += bool(ids)
+    assert shown > 20
+
+
+@alone_and_crowded
+@pytest.mark.parametrize(
+    "name, sentence",
+    [("", "may not be blank"), ("nobody", "No such user"), ("a%00", "Null"), ("%FF", "No such")],
+)
+def test_conversation_with_nobody_is_refused(http, name, sentence):
+    headers = join(http, "alice")
+    answer = http.get(f"/api/messages/?with={name}", headers=headers, status=400)
+    assert sentence in answer.json["with"][0]
+
+
 def test_list_is_of_the_answers_to_one_message_where_that_is_asked_for(http):
     alice, bob, carol = join(http, "alice"), join(http, "bob"), join(http, "carol")
     post(http, alice, "вопрос", recipient="bob")
@@ -7473,6 +7524,8 @@ def test_list_is_of_the_answers_to_one_message_where_that_is_asked_for(http):
     assert [answers(carol, n) for n in (1, 2)] == [[4], []]
     assert answers(bob, "1&delivery=unlinked") == [3, 5] and answers(bob, "1&delivery=sent") == []
     assert answers(alice, "1&after=3") == [4, 5]
+    talks = [answers(alice, f"1&with={name}") for name in ("bob", "carol", "alice")]
+    assert talks == [[3, 5], [4], []] and answers(alice, "2&with=Alice") == [6]
     pages = follow_pages(http, alice, "/api/messages/?reply_to=1&limit=2")
     assert list(pages) == [[3, 4], [5]]
     for query in ("0", "", "x", str(2**63)):
@@ -8359,23 +8412,32 @@ def test_list_of_one_piece_is_answered_in_its_round(http, monkeypatch):
 def test_lists_are_merged_in_the_order_of_their_indexes(http):
     db = factoryapp.connection()
     page = {"user": 1, "after": 0, "before": 9, "limit": 5, "delivery": "failed"}
-    by_delivery = factoryapp.OWN_MESSAGES_BY_DELIVERY
-    for listing in (factoryapp.OWN_MESSAGES, by_delivery, factoryapp.USERS):
+    by_delivery = factoryapp.OWN_MESSAGES_BY_DELIVERY, factoryapp.CONVERSATION_BY_DELIVERY
+    page["with"] = "bob"
+    for listing in (
+        factoryapp.OWN_MESSAGES,
+        factoryapp.CONVERSATION,
+        *by_delivery,
+        factoryapp.USERS,
+    ):
         for query in (listing.rows, f"{listing.ids} ORDER BY id DESC LIMIT 2"):
             plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", page)]
             assert "SEARCH" in str(plan) and "TEMP B-TREE" not in str(plan), plan
             assert not [step for step in plan if step.startswith("SCAN")], plan
-            assert str(plan).count("AND delivery=?") == 2 * (listing is by_delivery), plan
+            assert str(plan).count("AND delivery=?") == 2 * (listing in by_delivery), plan
+            pairs = str(plan).count("(sender_id=? AND recipient_id=? AND ")
+            assert pairs == 2 * (listing in (factoryapp.CONVERSATION, by_delivery[1])), plan
 
 
 @pytest.mark.parametrize("delivery", [None, "sent"])
 def test_answers_to_a_message_are_listed_by_their_index(http, delivery):
     page = {"user": 1, "after": 0, "before": 9, "limit": 5, "delivery": delivery, "reply_to": 1}
+    page["with"] = None
     listing = factoryapp.OWN_ANSWERS
     for query in (listing.rows, f"{listing.ids} ORDER BY id DESC LIMIT 2"):
         steps = factoryapp.connection().execute(f"EXPLAIN QUERY PLAN {query}", page)
         plan = str([step["detail"] for step in steps])
-        assert "messages_by_reply (reply_to=? AND rowid>? AND rowid<?)" in plan, plan
+        assert "messages_by_answered (reply_to=? AND id>? AND id<?)" in plan, plan
         assert "TEMP B-TREE" not in plan and "SCAN" not in plan, plan
 
 
