@@ -1306,10 +1306,6 @@ def find_choice(db, user_id, message_id, n):
     )
 
 
-def set_chosen(db, message_id):
-    db.run("UPDATE messages SET was_chosen = 1 WHERE id = ?", message_id)
-
-
 class Listing(NamedTuple):
     """SQL for what is listed between the ids :after and :before, both excluded."""
 
@@ -2430,7 +2426,6 @@ def press(db, heard):
     if wait := wait_to_send(db, user, [choice], choice["text"]):
         return TOO_FAST.format(seconds=wait, **choice)
     message_id = int(numbers[1])
-    set_chosen(db, message_id)
     relay(db, user, choice, choice["text"], "telegram", reply_to=message_id)
     return None
 

@@ -108,7 +108,7 @@ CREATE TABLE IF NOT EXISTS messages (
     send_at      TEXT,                               -- when it was to be published; NULL: it was posted
     reply_to     INTEGER REFERENCES messages ON DELETE SET NULL,  -- the message it answers
     choices      TEXT,                               -- JSON array of the buttons below it
-    was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1)),  -- one of them was pressed
+    was_chosen   INTEGER NOT NULL DEFAULT 0 CHECK (was_chosen IN (0, 1)),  -- one of them was the answer
     scheduled_id INTEGER                             -- what its id was while it was scheduled, by which its sender finds it
 ) STRICT;
 CREATE INDEX IF NOT EXISTS messages_by_sender ON messages (sender_id);
@@ -189,6 +189,12 @@ CREATE TABLE IF NOT EXISTS relayed (
     PRIMARY KEY (bot_id, chat_id, telegram_message_id)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS relayed_by_message ON relayed (message_id);
+
+-- A question is answered once: a press comes too late after an answer that has the text of a choice, by whatever way.
+CREATE TRIGGER IF NOT EXISTS question_answered AFTER INSERT ON messages WHEN NEW.reply_to IS NOT NULL BEGIN
+    UPDATE messages SET was_chosen = 1 WHERE id = NEW.reply_to
+    AND recipient_id = NEW.sender_id AND sender_id = NEW.recipient_id
+    AND NEW.text IN (SELECT value FROM json_each(choices)); END;
 
 -- What stands on a message goes with it.
 CREATE TRIGGER IF NOT EXISTS messages_deleting BEFORE DELETE ON messages BEGIN

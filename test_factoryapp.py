@@ -3436,6 +3436,19 @@ def test_press_is_an_answer_once_and_then_the_buttons_go(http, telegram, bot_api
     assert bot_api.texts(7)[-1] == "Сообщение от bob:\n\nДа"
 
 
+@pytest.mark.parametrize(
+    "text, by, is_answer", [("Да", "bob", True), ("да", "bob", False), ("Да", "alice", False)]
+)
+def test_reply_that_is_a_choice_ends_the_question_for_the_buttons_too(
+    http, telegram, bot_api, pair, text, by, is_answer
+):
+    ask(http, telegram, pair[0])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    post(http, log_in(http, by), text, reply_to=1)
+    said = [factoryapp.TOO_LATE if is_answer else None]
+    assert press(telegram, bot_api, 8, asked, 1) == said
+
+
 def test_question_to_oneself_is_answered_to_oneself(http, telegram, bot_api, linked):
     ask(http, telegram, linked, "alice")
     assert press(telegram, bot_api, 7, 1, 1) == [None]
