@@ -201,7 +201,7 @@ CREATE TRIGGER IF NOT EXISTS messages_deleting BEFORE DELETE ON messages BEGIN
     DELETE FROM outbox WHERE message_id = OLD.id; DELETE FROM relayed WHERE message_id = OLD.id; END;
 
 -- users.changes: an ETag is made of it, and a waiting request waits until it is raised. So it counts, in the same transaction
--- and whoever writes, all that changes what a user's lists show, or who may read them.
+-- and whoever writes, all that changes what a user's lists show, who may read them, or whether a chat is linked.
 CREATE TRIGGER IF NOT EXISTS messages_added AFTER INSERT ON messages BEGIN
     -- By IN, as below, it takes twice as long.
     UPDATE users SET changes = changes + 1 WHERE id = NEW.sender_id; UPDATE users SET changes = changes + 1
@@ -216,6 +216,10 @@ CREATE TRIGGER IF NOT EXISTS scheduled_changed AFTER UPDATE ON scheduled BEGIN
     UPDATE users SET changes = changes + 1 WHERE id = NEW.sender_id; END;
 CREATE TRIGGER IF NOT EXISTS scheduled_deleted AFTER DELETE ON scheduled BEGIN
     UPDATE users SET changes = changes + 1 WHERE id = OLD.sender_id; END;
+CREATE TRIGGER IF NOT EXISTS chats_added AFTER INSERT ON chats BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = NEW.user_id; END;
+CREATE TRIGGER IF NOT EXISTS chats_deleted AFTER DELETE ON chats BEGIN
+    UPDATE users SET changes = changes + 1 WHERE id = OLD.user_id; END;
 CREATE TRIGGER IF NOT EXISTS password_changed AFTER UPDATE OF password ON users BEGIN
     UPDATE users SET changes = changes + 1 WHERE id = NEW.id; END;
 CREATE TRIGGER IF NOT EXISTS api_keys_deleted AFTER DELETE ON api_keys BEGIN

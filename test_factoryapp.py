@@ -5922,6 +5922,18 @@ def test_answer_has_another_etag_once_it_says_something_else(http, telegram, pai
     assert len(set(etags)) == 4
 
 
+def test_linking_and_unlinking_a_chat_change_the_etag(http, telegram, bot_api):
+    alice, etags = join(http, "alice"), []
+    for act in (
+        lambda: None,
+        lambda: link_chat(http, telegram, bot_api, alice, 7),
+        lambda: say(telegram, bot_api, 7, "/stop"),
+    ):
+        act()
+        etags.append(http.get("/api/messages/", headers=alice).headers["ETag"])
+    assert len(set(etags)) == 3
+
+
 def test_long_list_that_the_client_has_is_not_even_read(http, monkeypatch):
     monkeypatch.setattr(factoryapp, "LIST_ROWS", 2)
     headers = join(http, "alice")
