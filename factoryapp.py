@@ -2837,387 +2837,407 @@ class running:
 
 
 # --- Page -----------------------------------------------------------------------------------------
-# What GET / answers: one self-contained document. Its Content-Security-Policy lets its own style
-# and script through, no others.
+# What GET / answers: one self-contained document, a chat made of requests to the API. Its
+# Content-Security-Policy lets its own style and script through, no others.
+#
+# The state of its script, in the order of its lines:
+# - session: {id, username, refresh, access} of the signed-in user, or {}. It ends with the tab.
+# - drafts: {address: {text, send_at, reply_to, key}}, what is written in each conversation. An
+#   address is the page's own: "#with=bob". The key is the message's Idempotency-Key: it stays until
+#   the message is sent or changed, so that a message whose answer was lost is stored once.
+# - read: {address: the last id that was read there}; start: the same of other conversations. It
+#   outlives the tab, until the user logs out.
+# - known: the messages of which the list of conversations is made, the latest last.
+# - open, other: the address of the open conversation and the user it is with, "" if none is open.
+# - etag: of what is known. With it the next request waits for news.
+# - waiting: ends that request, or a pause.
+#
+# watch() runs as long as somebody is signed in. Each of its rounds is listNews(): it waits for
+# news, shows the list of conversations with showPeople(), and the open one with refresh(). That
+# adds messages that are new; draw() draws each message whose looks have changed. After a 304 it
+# pauses, since a server for which too many wait answers at once. A hidden tab asks seldom, unless
+# it may notify: browsers allow six connections.
+#
+# A press of a button calls the function of the button's name in DO, one at a time, and shows the
+# message of the error that it throws.
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>FactoryApp</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'>
-<rect width='8' height='8' rx='2' fill='teal'/><path d='M2 2h4v3H4L2 6z' fill='white'/></svg>">
-<style>
-:root { color-scheme: light dark; --page: light-dark(#f4f6f7, #12171a);
-    --card: light-dark(#fff, #1b2226); --ink: light-dark(#1b2227, #e5eaed);
-    --quiet: light-dark(#525e67, #a5b1ba); --edge: light-dark(#7d8993, #74818b);
-    --accent: light-dark(#0a665c, #68cdbd); --mine: light-dark(#dff0ec, #17362f);
-    --bad: light-dark(#b3261e, #ff9389); }
-* { box-sizing: border-box; margin: 0; min-width: 0; max-width: 100%; font: inherit; }
-body, main { display: flex; flex-direction: column; flex: 1 0 auto; gap: .6rem; }
-body { min-height: 100dvh; max-width: 50rem; margin: auto; padding: .75rem 1rem; color: var(--ink);
-    background: var(--page); font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1, h2 { font-size: 1.2rem; } h1, h2, b, button, .button, .field { font-weight: 600; }
-.row { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; }
-.apart { justify-content: space-between; } .small { font-size: .875rem; color: var(--quiet); }
-.card { display: grid; gap: .6rem; padding: .6rem 1rem; background: var(--card);
-    border: 1px solid var(--mine); border-radius: .75rem; }
-.field { display: grid; flex: 1 1 6rem; } .field > * { font-weight: 400; }
-input, textarea, button, .button, code, li > div { padding: .35rem .65rem; border-radius: .5rem;
-    border: 1px solid var(--edge); background: var(--page); color: inherit; }
-textarea { min-height: 3.9rem; max-height: 30dvh; resize: none; field-sizing: content; }
-button, .button { background: none; text-decoration: none; cursor: pointer; }
-a, button, .sent { color: var(--accent); } .error, .failed { color: var(--bad); }
-.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-[aria-busy] button { opacity: .6; } #linked { flex: 1 1 12.4rem; }
-code { font: .875rem/1.6 ui-monospace, monospace; user-select: all; }
-/* Scrolls from its end, which stays in view. */
-#stream { display: flex; flex-direction: column-reverse; flex: 1 1 6.7rem; min-height: 6.7rem;
-    height: 0; overflow: hidden auto; }
-#stream > div { margin-bottom: auto; } ol { padding: 0; list-style: none; }
-#earlier, .day { display: block; margin: .4rem auto; text-align: center; overflow-anchor: none; }
-li { display: block; content-visibility: auto; contain-intrinsic-size: auto 6rem; }
-li > div { width: fit-content; max-width: 88%; margin: .25rem 0; border-color: var(--mine); }
-.mine > div { margin-inline-start: auto; background: var(--mine); }
-li button { padding: 0 .5rem; min-height: 1.6rem; } li [name=choose] { padding: 0; border: 0; }
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>FactoryApp</title>
+<meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
+<link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --quiet: light-dark(#525e67, #a5b1ba);
+    --edge: light-dark(#7d8993, #74818b); --accent: light-dark(#0a665c, #68cdbd);
+    --mine: light-dark(#dff0ec, #17362f); --bad: light-dark(#b3261e, #ff9389); }
+* { box-sizing: border-box; margin: 0; min-width: 0; max-width: 100%; }
+body { background: Canvas; font: 1rem/1.4 system-ui, sans-serif; overflow-wrap: anywhere; }
+.in main { display: grid; grid: auto minmax(15rem, 1fr) / 20rem 1fr; height: 100dvh; }
+section { display: flex; flex-direction: column; gap: .5rem; padding: .5rem .75rem; }
+section + section { border-inline-start: 1px solid var(--mine); }
+h1 { font-size: 1.1rem; flex: 1; } ul, ol { padding: 0; list-style: none; }
+form { display: grid; gap: .6rem; } #sign-in { width: 25rem; margin: 1rem auto; }
+#notices { grid-column: 1 / -1; } .error, .failed { color: var(--bad); }
+.row { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; }
+label > input { display: block; width: 100%; } .small { font-size: .875rem; color: var(--quiet); }
+input, textarea, button, code, .bubble { padding: .35rem .65rem; border-radius: .6rem;
+    border: 1px solid var(--edge); background: none; font: inherit; }
+a, button, summary { color: var(--accent); cursor: pointer; } :disabled { color: var(--quiet); }
+li button, mark { padding: .1rem .5rem; border-radius: .6rem; } mark { justify-self: end; }
+.main, [aria-pressed=true] { background: var(--accent); color: Canvas; }
+details[open] { flex: 1 0 100%; } summary ~ * { margin-top: .5rem; } #later[open] { order: -1; }
+nav, #stream { flex: 1 1 5rem; min-height: 5rem; overflow: hidden auto; }
+nav a { display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem; padding: .5rem;
+    color: inherit; text-decoration: none; border-radius: .6rem; }
+nav a:hover, [aria-current], .mine .bubble { background: var(--mine); }
+.quote { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; flex: 1; }
+#stream { display: flex; flex-direction: column-reverse; }  /* it stays at its end */
+#whom { flex-basis: 60%; } #scheduled { max-height: 20dvh; overflow: auto; }
+.bubble { position: relative; width: fit-content; max-width: 88%; margin: .15rem 0;
+    border-color: var(--mine); } .mine .bubble { margin-inline-start: auto; }
 .text { white-space: pre-wrap; unicode-bidi: plaintext; }
-.long .text { max-height: 10lh; overflow: hidden; }
-.quote { padding-inline-start: .5rem; border-inline-start: 3px solid var(--edge); flex: 1;
-    white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-/* Most messages wait too briefly to be cancelled. */
-[name=cancel] { animation: late 1s step-end; } @keyframes late { from { visibility: hidden; } }
-output { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-[hidden], p:empty, span:empty, #linked:empty ~ button, body:not(.in) .in, body:not(.out) .out,
-.closed .open, .mine [name=reply], li:not(.long) [name=fold], .delivery:not(.failed) ~ [name=again],
-:not(.queued, .scheduled) + [name=cancel] { display: none !important; }
-</style>
-<header class="row apart"><h1>FactoryApp</h1>
-    <form class="row in"><b id="me"></b> <button name="log_out">Log out</button></form>
-</header>
-<main>
-<noscript><p class="card">This page needs JavaScript. The API does not.</p></noscript>
-<form id="sign-in" class="card out" autocapitalize="none">
-    <h2>Log in <span class="open">or register</span></h2>
+li:not(:hover, :focus-within) :is([name=reply], .queued + *) { opacity: 0; pointer-events: none; }
+form:has(input:not(:placeholder-shown)) + nav ul:empty::after { content: "Nobody has that name"; }
+textarea { flex: 1 1 8rem; max-height: 30dvh; resize: none; field-sizing: content; }
+output, .who { position: absolute; clip-path: inset(50%); }
+@media (width >= 45rem) { #back { display: none; } }
+@media (width < 45rem) { .in main { grid-template-columns: 1fr; }
+    .talking #people, body:not(.talking) #talk { display: none; } }
+[hidden], p:empty, .unlinked, body:not(.in) .in, .in .out, .closed .when-open, .open .when-closed,
+#people:not(.none, .elsewhere) #linking, .none [name=unlink], .talking #none,
+body:not(.talking) #talk > :not(#none) { display: none !important; }
+</style><main><div id="notices"><noscript>This page needs JavaScript. The API does not.</noscript>
+    <p id="trouble" class="error" role="status"></p> <output id="news"></output>
+    <p id="complaint" class="error" role="alert"></p></div>
+<form id="sign-in" class="out" autocapitalize="none"><h1>FactoryApp</h1>
     <p>A Telegram bot repeats your messages in the chat that you link to your account.</p>
-    <label class="field">Username <input name="username" autocomplete="username" autofocus></label>
-    <label class="field">Password
-        <input name="password" type="password" autocomplete="current-password"></label>
-    <p class="small open">New here? Choose a name and a password of at least 8 characters.</p>
+    <label>Username <input name="username" autocomplete="username" autofocus></label>
+    <label>Password <input name="password" type="password" autocomplete="current-password"></label>
+    <p class="small when-closed">New here? Ask whoever runs this server for an account.</p>
+    <p class="small when-open">New here? Choose a name and a password of at least 8 characters.</p>
     <p class="row"><button name="log_in" class="main">Log in</button>
-        <button name="register" class="open">Register</button></p>
-</form>
-<form class="card in">
-    <p class="row"><span id="linked" role="status"></span> <button id="link" name="link"></button>
-        <button id="unlink" name="unlink">Unlink</button></p>
-    <div id="linking" class="row" role="status" hidden>
-        <a class="button main" target="_blank" rel="noreferrer"></a> <span></span>
-        <code tabindex="0"></code></div>
-</form>
-<div id="stream" class="card in" role="region" aria-label="Messages" tabindex="0"><div>
-    <button id="earlier" name="earlier" hidden>Earlier messages</button>
-    <ol id="messages"></ol> <ol id="scheduled" aria-label="Scheduled"></ol>
-    <p id="nothing" class="small"></p></div></div>
-<p id="trouble" class="error" role="status"></p>
-<p id="complaint" class="error" role="alert"></p>
-<form id="compose" class="card in" autocomplete="off">
-    <p class="row"><label class="field">To <input name="recipient" type="search" list="people"
-            placeholder="yourself" autocapitalize="none"></label>
-        <datalist id="people"></datalist>
-        <label><input id="only" type="checkbox"> <span id="whom"></span></label></p>
-    <label class="field">Message <textarea name="text" autofocus></textarea></label>
-    <p class="row apart"><button id="send" name="send" class="main" title="Ctrl Enter"></button>
-        <label class="row">Send at <input name="later" type="datetime-local"></label></p>
-    <p id="answering" class="row" hidden><span class="small quote"></span>
-        <button name="forget">Do not answer it</button></p>
-</form>
-</main>
-<footer class="small">What this page does, any program can do: see README.md and
-    <a href="openapi.json" target="_blank">openapi.json</a>. <output id="news"></output></footer>
-<template id="message"><li><p class="day small"></p><div>
-    <p class="row small"><span class="who"></span> <button name="choose"></button> <time></time></p>
-    <p class="quote small"></p>
-    <p class="text"></p>
-    <p class="row small"><button name="fold">Show all</button>
-        <span class="delivery"></span> <button name="cancel">Cancel</button>
-        <button name="again">Send again</button> <button name="reply">Reply</button></p>
-</div></li></template>
-<script>"use strict";
-const SHOWN = 50;  // messages, at first and at each "Earlier messages"
-const WATCHED = 150;  // messages that are asked for again with each change
-const MOST = 300;  // messages that are shown when no earlier ones are asked for: more are slow
-const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, CROWDED_SECONDS = 5;
-const WORDS = [  // of the server, and ours for people
-    ["No active account found with the given credentials", "Wrong username or password."],
-    [/(This field may not be blank. ?)+/, "Write a name and a password."],
-    [/Request was throttled. Expected available/, "Too many tries. Try again"],
-    ["No such user.", "Nobody here has that name: choose another."],
-    [/Ensure this field has no more than (\d+) char/, "This is too long: at most $1 char"],
-];
-const HOUR = new Intl.DateTimeFormat([], {timeStyle: "short"});
-const DAY = new Intl.DateTimeFormat([], {dateStyle: "full"});
-const MOMENT = new Intl.DateTimeFormat([], {dateStyle: "medium", timeStyle: "short"});
-const $ = (id) => document.getElementById(id);
+        <button name="register" class="when-open">Register</button>
+        <button name="reveal" type="button">Show password</button></p></form>
+<section id="people" class="in">
+    <header class="row"><h1>FactoryApp</h1> <details><summary id="me"></summary> <p class="row">
+        <button name="unlink">Unlink the chat</button> <button name="log_out">Log out</button>
+        <button id="notify" name="notify">Notify me here</button></p> <form id="passwords">
+        <label>Current password <input name="current_password" type="password"
+            autocomplete="current-password"></label>
+        <label>New password <input name="new_password" type="password"
+            autocomplete="new-password"></label>
+        <p class="row"><button name="change_password">Change password</button> <button
+            name="reveal" type="button">Show passwords</button></p></form></details></header>
+    <div id="linking" class="small"><button name="link">Link a Telegram chat</button> and the bot
+        brings you there what others write. <p id="code" class="row" role="status"></p></div>
+    <form><input id="search" type="search" placeholder="Find somebody"> <button name="find" hidden>
+    </button></form> <nav aria-label="Conversations"><ul id="list"></ul></nav></section>
+<section id="talk" class="in" aria-labelledby="whom">
+    <p id="none" class="small">Choose a conversation, or find somebody to write to.</p>
+    <header class="row"><a id="back" href="#" aria-label="All conversations">←</a>
+        <h1 id="whom" class="quote"></h1> <span id="hint" class="small"></span></header>
+    <div id="stream" role="region" aria-label="Messages" tabindex="0"><div>
+        <button id="earlier" name="earlier">Earlier messages</button>
+        <ol id="messages"></ol> <p id="nothing" class="small">No messages yet.</p></div></div>
+    <button id="below" name="below" class="main">New messages below</button>
+    <ol id="scheduled" aria-label="Scheduled"></ol>
+    <form id="compose" autocomplete="off"><p id="answering" class="row"><span class="small quote">
+            </span> <button name="forget" type="button">Do not answer it</button></p>
+        <div class="row"><textarea name="text" rows="1" placeholder="Message"></textarea>
+            <details id="later"><summary>Later</summary>
+                <input name="send_at" type="datetime-local" aria-label="Send at"></details>
+            <button id="send" name="send" class="main"></button></div></form></section>
+</main><script>"use strict";
+const LISTED = 500, SHOWN = 100, END = Number.MAX_SAFE_INTEGER;
+const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2;
+const LINK = /(https?:\/\/\S*[^\s.,:;!?'")\]}>»])/, HOUR = {timeStyle: "short"};
+const isTouch = matchMedia("(pointer: coarse)").matches;
+const $ = (id) => document.getElementById(id), {text, send_at} = $("compose").elements;
 const write = (at, words) => { if (at.textContent !== words) at.textContent = words; };
-const recall = (name) => JSON.parse(sessionStorage.getItem(name));
+const recall = (name) => JSON.parse(sessionStorage.getItem(name)) || {};
 const keep = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
-const items = new Map();  // message id: its <li>
-let session = recall("session");  // {username, refresh, access}, or null
-let draft = recall("draft");  // {username, recipient, later, text, reply_to, key}, or null
-let waiting = new AbortController();  // ends the request that waits for news, or a pause
-// Sends a request as the signed-in user; renews the access token once. Returns
-// {status, value, etag}, or throws the words for people.
-async function ask(method, path, {body, headers, signal, seconds = 20, isLast} = {}) {
-    const signals = [AbortSignal.timeout(seconds * 1000), signal].filter(Boolean);
-    const bearer = session && {Authorization: `Bearer ${session.access}`};
+const session = recall("session"), drafts = recall(`drafts-${session.id}`);
+const marks = `read-${session.id}`, read = {}, known = [];
+let names = [], open = "", other = "", etag, waiting = new AbortController();
+async function ask(method, path, {body, headers, signal, isLast} = {}) {
+    const bearer = session.access && {Authorization: `Bearer ${session.access}`};
     const answer = await fetch(path, {
         method, headers: {...headers, ...bearer, "Content-Type": "application/json"},
-        body: JSON.stringify(body), cache: "no-store", signal: AbortSignal.any(signals),
+        body: JSON.stringify(body), cache: "no-store", signal: signal || AbortSignal.timeout(20000),
     }).catch(() => { throw new Error("The server cannot be reached."); });
-    const {status} = answer, isEmpty = status === 204 || status === 304;
+    const {status} = answer, isEmpty = [204, 304].includes(status);
     const value = isEmpty ? [] : await answer.json().catch(() => null);
     if (value && (answer.ok || isEmpty)) return {status, value, etag: answer.headers.get("ETag")};
-    if (status === 401 && session && !isLast) {
+    if (status === 401 && session.access && !isLast) {
         const renewal = {body: {refresh: session.refresh}, isLast: true};
         const {value} = await ask("POST", "auth/token/refresh/", renewal);
         keep("session", Object.assign(session, value));
-        return ask(method, path, {body, headers, signal, seconds, isLast: true});
+        return ask(method, path, {body, headers, signal, isLast: true});
     }
-    if (status === 401 && session)
-        beginAnew(null, "Your session has ended. Log in again: what you wrote is kept.");
-    const said = value?.detail || Object.values(value || {}).flat().join(" ")
+    if (status === 401 && session.access)
+        beginAnew("Your session has ended. Log in again: what you wrote is kept.");
+    const said = value?.detail || [...new Set(Object.values(value || {}).flat())].join(" ")
         || `The server is out of order (status ${status}). Try again later.`;
-    throw new Error(WORDS.reduce((words, pair) => words.replace(...pair), said));
+    throw new Error(said.replace(/^No active .* credentials$/, "Wrong username or password."));
 }
-// Leaves nothing of one account for the next.
-function beginAnew(session, complaint = "") {
-    keep("session", session);
-    keep("complaint", complaint);
+const list = (query, how) => ask("GET", `api/messages/?${new URLSearchParams(query)}`, how);
+const bodyOf = (form) => ({body: Object.fromEntries(new FormData($(form)))});
+function beginAnew(complaint, next = {}) {
+    keep("session", {...next, complaint});
+    session.access = "";
     location.reload();
 }
-async function showAccount() {
-    const {telegram} = (await ask("GET", "api/users/me/")).value;
-    const {bot} = telegram === "linked" ? (await ask("GET", "health/")).value : {};
-    const home = bot === "terminal" ? "the terminal of the server" : bot || "Telegram";
-    write($("linked"), {linked: `Linked to ${home}`, elsewhere: "Linked to another bot",
-        none: "No chat of yours is linked yet"}[telegram]);
-    write($("link"), telegram === "none" ? "Link a chat" : "Link again");
-    $("link").hidden = telegram === "linked";
-    $("unlink").hidden = telegram === "none";
-    $("linking").hidden ||= $("link").hidden;
-}
-
 const isMine = ({sender}) => sender === session.username;
 const otherOf = (message) => isMine(message) ? message.recipient : message.sender;
-const nameOf = (person) => person === session.username ? "yourself" : person;
-const chosen = () => draft.recipient.trim().normalize("NFKC") || session.username;
-// Adds the new ones of these messages, and shows the deliveries of all.
-function showMessages(messages, add = "append") {
-    $("messages")[add](...messages.filter(({id}) => !items.has(id)).map(newItem));
-    messages.filter(isMine).forEach(showDelivery);
-    arrange(add === "append" && $("stream").scrollTop > -40);
+const titleOf = (name) => name === session.username ? "Notes to yourself" : name;
+const addressOf = (name) => `#${new URLSearchParams({with: name})}`;
+const isAtEnd = () => $("stream").scrollTop > -40;
+const timeOf = (moment, date = new Date(moment)) => date.toLocaleString([],
+    date.toDateString() === new Date().toDateString() ? HOUR : {dateStyle: "short", ...HOUR});
+function make(tag, properties, ...children) {
+    const element = Object.assign(document.createElement(tag), properties);
+    element.append(...children.filter(Boolean));
+    return element;
 }
-function newItem(message) {
-    const item = $("message").content.firstElementChild.cloneNode(true);
-    const [who, choose, time, answers, text] = item.querySelectorAll(
-        ".who, [name=choose], time, .quote, .text");
-    const other = nameOf(otherOf(message)), date = new Date(message.created_at);
-    const lines = message.text.split("\n").reduce((sum, line) => sum + 1 + line.length / 70, 0);
-    items.set(message.id, Object.assign(item, {message, day: DAY.format(date)}));
-    item.classList.toggle("mine", isMine(message));
-    item.classList.toggle("long", lines > 20);
-    write(who, !isMine(message) ? "" : other === "yourself" ? "Note to" : "You to");
-    write(choose, other);
-    write(time, HOUR.format(date) + (message.source === "telegram" ? ", through the bot" : ""));
-    write(text, message.text);
-    if (message.reply_to) quote(answers, message.reply_to);
-    return item;
-}
-function showDelivery(message) {
-    const item = items.get(message.id), element = item.querySelector(".delivery");
-    const {delivery, failure, send_at, recipient} = item.message = message;
-    element.className = `delivery ${delivery}`;
-    write(element, {
-        scheduled: `goes out ${MOMENT.format(new Date(send_at))}`, queued: "waiting",
-        sent: "delivered", cancelled: "cancelled",
-        failed: `not delivered: ${failure?.replace(/^\d+ [\w ]+: /, "")}`,
-        unlinked: `${isMine({sender: recipient}) ? "you have" : `${recipient} has`} no chat linked`,
-    }[delivery]);
-}
-async function quote(at, id) {
-    write(at, "Answers an earlier message");
-    const message = items.get(id)?.message
-        || await ask("GET", `api/messages/${id}/`).then(({value}) => value, () => null);
-    if (message) write(at, `Answers ${isMine(message) ? "you" : message.sender}: ${message.text}`);
-}
-// Applies the filter, and shows where a day begins.
-function arrange(mayForget) {
-    const person = $("only").checked && chosen(), old = [...$("messages").children].slice(0, -MOST);
-    if (mayForget && old.length) {
-        old.forEach((item) => items.delete(item.message.id) && item.remove());
-        $("earlier").hidden = false;
+const makeLink = (href, words) => make("a", {href, target: "_blank", rel: "noreferrer"}, words);
+function showPeople(messages = []) {
+    if (!session.access) return;
+    Object.assign(read, JSON.parse(localStorage[marks] || "{}"));
+    known.push(...messages);
+    if (known.length && other && !document.hidden) read[open] = known.at(-1).id;
+    localStorage[marks] = JSON.stringify(read);
+    const people = new Map([[session.username, {unread: 0}]]);
+    for (const last of known) {
+        const name = otherOf(last), {unread = 0} = people.get(name) || {};
+        const isUnread = !isMine(last) && last.id > (read[addressOf(name)] ?? read.start);
+        people.delete(name);
+        people.set(name, {last, unread: unread + isUnread});
     }
-    let day = "";
-    for (const item of $("messages").children) {
-        item.hidden = person && otherOf(item.message) !== person;
-        if (!item.hidden) write(item.firstElementChild, item.day === day ? "" : day = item.day);
-    }
-    write($("nothing"), day ? "" : "No messages yet.");
+    const count = [...people.values()].reduce((sum, {unread}) => sum + unread, 0);
+    document.title = count ? `(${count}) FactoryApp` : "FactoryApp";
+    const part = $("search").value.normalize("NFKC").toLowerCase(), {hash} = document.activeElement;
+    const found = names.filter((name) => name.toLowerCase().includes(part));
+    const shown = part ? found.sort((a, b) => a.length - b.length).slice(0, 50)
+        : [...people.keys()].reverse();
+    $("list").replaceChildren(...shown.map((name) => {
+        const {last, unread} = people.get(name) || {}, ariaCurrent = name === other || null;
+        return make("li", {}, make("a", {href: addressOf(name), ariaCurrent},
+            make("b", {className: "quote"}, titleOf(name)),
+            make("time", {className: "small"}, last && timeOf(last.created_at)),
+            make("span", {className: "small quote"}, last?.text.slice(0, 100)),
+            unread && make("mark", {className: "main"}, `${unread} new`)));
+    }));
+    [...$("list").querySelectorAll("a")].find((link) => link.hash === hash)?.focus();
 }
-// Keeps the draft until it is sent. Another message needs another key.
-function changeDraft(change) {
-    keep("draft", draft = {...draft, key: "", ...change});
-    const {elements} = $("compose"), isNote = chosen() === session.username;
-    for (const name of ["recipient", "later", "text"])
-        if (elements[name].value !== draft[name]) elements[name].value = draft[name];
-    write($("send"), isNote ? "Note to yourself" : `Send to ${chosen()}`);
-    write($("whom"), isNote ? "Only notes to yourself" : `Only the talk with ${chosen()}`);
-    $("answering").hidden = !draft.reply_to;
-    if (change.reply_to) quote($("answering").firstElementChild, draft.reply_to);
-    if ("recipient" in change) arrange($("only").checked);
-}
-async function post(body, key) {
-    await ask("POST", "api/messages/", {body, headers: {"Idempotency-Key": key}});
-    $("stream").scrollTop = 0;
+function openConversation() {
+    other = new URLSearchParams(location.hash.slice(1)).get("with") || "";
+    open = addressOf(other);
+    document.body.classList.toggle("talking", other);
+    for (const id of ["messages", "scheduled", "hint"]) $(id).replaceChildren();
+    for (const id of ["earlier", "below", "nothing"]) $(id).hidden = true;
+    write($("whom"), titleOf(other));
+    etag = undefined;
     waiting.abort();
+    (!other ? $("me") : isTouch ? $("stream") : text).focus();
+    changeDraft({send_at: "", ...drafts[open]});
 }
-// Actions by the names of their buttons.
-const account = () => ({body: Object.fromEntries(new FormData($("sign-in")))});
+function showMessages(messages, add) {
+    const added = messages.filter(({id}) => !$(`m${id}`));
+    $("messages")[add](...added.map(({id}) => make("li", {id: `m${id}`, tabIndex: -1})));
+    for (const message of messages) $(`m${message.id}`).message = message;
+    const all = Array.from($("messages").children, ({message}) => message);
+    for (const message of all) {
+        const {id, text, reply_to, choices, recipient} = message;
+        const answer = choices && all.find((later) => later.reply_to === id
+            && later.sender === recipient && choices.includes(later.text))?.text;
+        const isLatest = all.findLast((last) => isMine(last) && last.text === text) === message;
+        draw($(`m${id}`), message, reply_to && quoteOf($(`m${reply_to}`) || {}), answer, isLatest);
+    }
+    const isReader = all.findLast(isMine)?.delivery === "unlinked";
+    write($("hint"), isReader ? `${other} reads here only: no Telegram chat is linked` : "");
+    $("nothing").hidden = all.length;
+    changeDraft({key: drafts[open].key});
+}
+function draw(item, message, quote, answer, isLatest) {
+    const {text, recipient, delivery, failure} = message, mine = isMine(message);
+    const looks = JSON.stringify([message, quote, answer, isLatest]);
+    if (item.looks === looks) return item;
+    const act = (name, words, properties) => make("button",
+        {name, ariaLabel: `${words}: ${text.slice(0, 80)}`, ...properties}, words);
+    const part = (className, ...children) => make("p", {className}, ...children);
+    if (item.contains(document.activeElement)) item.focus();
+    item.replaceChildren(make("div", {className: "bubble"},
+        part("who", authorOf(message)), part("small quote", quote),
+        part("text", ...text.split(LINK).map((words, i) => i % 2 ? makeLink(words, words) : words)),
+        part("row", ...(message.choices || []).map((words) => act("choose", words,
+            {ariaPressed: words === answer, disabled: answer || recipient !== session.username}))),
+        part("small row", timeOf(message.send_at || message.created_at),
+            message.source === "telegram" && "by the bot",
+            mine && make("span", {className: delivery},
+                failure ? `not delivered: ${failure.replace(/^\d+ [\w ]+: /, "")}` : delivery),
+            mine && /queued|scheduled/.test(delivery) && act("cancel", "Cancel"),
+            mine && delivery === "failed" && isLatest && act("again", "Send again"),
+            !mine && act("reply", "Reply"))));
+    return Object.assign(item, {looks, message, className: mine ? "mine" : ""});
+}
+const authorOf = (message) => isMine(message) ? "You" : message.sender;
+const quoteOf = ({message}) => message ? `${authorOf(message)}: ${message.text}` : "Earlier";
+function changeDraft(change, at = open) {
+    const draft = drafts[at] = {text: "", send_at: "", ...drafts[at], key: "", ...change};
+    if (at === open) {
+        text.value = draft.text;
+        if (send_at.value !== draft.send_at) send_at.value = draft.send_at;
+        if ("send_at" in change) $("later").open = draft.send_at || send_at.matches(":focus");
+        write($("send"), draft.send_at ? "Schedule" : "Send");
+        $("answering").hidden = !draft.reply_to;
+        write($("answering").firstElementChild, quoteOf($(`m${draft.reply_to}`) || {}));
+    }
+    keep(`drafts-${session.id}`, drafts);
+}
+const post = (body, key) => ask("POST", "api/messages/", {body, headers: {"Idempotency-Key": key}})
+    .then(DO.below).then(() => waiting.abort());
 const DO = {
-    register: () => ask("POST", "api/users/register/", account()).then(DO.log_in),
+    register: () => ask("POST", "api/users/register/", bodyOf("sign-in")).then(DO.log_in),
     async log_in() {
-        session = (await ask("POST", "auth/token/", account())).value;
-        beginAnew({...session, ...(await ask("GET", "api/users/me/")).value});
+        Object.assign(session, (await ask("POST", "auth/token/", bodyOf("sign-in"))).value);
+        beginAnew("", {...session, ...(await ask("GET", "api/users/me/")).value});
     },
     async log_out() {
-        await ask("POST", "auth/token/blacklist/", {body: {refresh: session.refresh}});
-        keep("draft", null);
-        beginAnew(null);
+        const logout = ask("POST", "auth/token/blacklist/", {body: session});
+        const {message} = await logout.catch((error) => error);
+        for (const storage of [sessionStorage, localStorage]) storage.clear();
+        for (const part of document.querySelectorAll("section")) part.remove();
+        history.replaceState(null, "", location.pathname);
+        document.body.className = "out";
+        session.access = "";
+        waiting.abort();
+        if (message) throw new Error(`${message} You are logged out in this tab alone.`);
     },
+    reveal: (item, {form}) => form.querySelectorAll("[autocomplete$=password]").forEach((field) => {
+        field.type = field.type === "text" ? "password" : "text"; }),
+    change_password: () => ask("POST", "api/users/set-password/", bodyOf("passwords"))
+        .then(() => beginAnew("Your password is changed. Log in with the new one.")),
+    find: async () => $("list").querySelector("a")?.click(),
+    notify: () => Notification.requestPermission().then(() => $("notify").remove()),
     async link() {
         const {value} = await ask("GET", "api/users/get-telegram-token/"), {bot, link} = value;
-        const [open, how, code] = $("linking").children;
-        write($("link"), bot ? "New code" : "Try again");
-        if (!bot) throw new Error("Telegram is not reached yet.");
-        Object.assign(open, {hidden: !link, href: link, textContent: `Open ${bot} in Telegram`});
-        write(how, link ? "or send it this code within 10 minutes:"
-            : "In the terminal where the server runs, type this code within 10 minutes:");
-        write(code, value.telegram_token);
-        $("linking").hidden = false;
+        if (!bot) throw new Error("Telegram is not reached yet. Try again.");
+        const whom = link ? bot : "the terminal where the server runs";
+        $("code").replaceChildren(`Within 10 minutes send this code to ${whom}:`,
+            make("code", {tabIndex: 0}, value.telegram_token),
+            make("button", {name: "copy"}, "Copy"), link ? makeLink(link, "Open Telegram") : "");
     },
-    async unlink() {
-        const {value} = await ask("GET", "api/messages/?delivery=queued&limit=1000");
-        const lost = value.filter(({recipient}) => recipient === session.username).length;
-        if (!confirm(`Unlink this chat? Messages that wait for it are given up: ${lost}.`)) return;
-        await ask("POST", "api/users/unlink-telegram/");
-        await showAccount();
+    copy(item, button) {
+        getSelection().selectAllChildren($("code").querySelector("code"));
+        if (document.execCommand("copy")) write(button, "Copied");
     },
-    async earlier() {
-        const before = $("messages").firstElementChild?.message.id || Number.MAX_SAFE_INTEGER;
-        const {value} = await ask("GET", `api/messages/?before=${before}&limit=${SHOWN}`);
-        showMessages(value, "prepend");
-        $("earlier").hidden = value.length < SHOWN;
-        // The filter may hide them all.
-        if (!$("earlier").hidden && value.every(({id}) => items.get(id).hidden)) await DO.earlier();
-    },
-    choose: ({message}) => changeDraft({recipient: otherOf(message), reply_to: null}),
-    reply: ({message}) => changeDraft({recipient: message.sender, reply_to: message.id}),
+    unlink: async () => confirm("Unlink your chat? What waits for it is given up.")
+        && ask("POST", "api/users/unlink-telegram/"),
+    earlier: () => refresh($("messages").firstElementChild.message.id),
+    below: () => $("stream").scrollTo(0, 0),
+    reply: ({message}) => changeDraft({reply_to: message.id}),
     forget: () => changeDraft({reply_to: null}),
-    fold: (item) => item.classList.remove("long"),
-    cancel: ({message}) => ask("DELETE", `api/messages/${message.id}/`)
-        .then(({value}) => showMessages([value])),
-    // By a key of its own: once only.
-    again: ({message: {id, text, recipient}}) => post({text, recipient}, `again-${id}`),
+    choose: ({message: {id, sender}}, {textContent}) =>
+        post({text: textContent, recipient: sender, reply_to: id}, `choice-${id}`),
+    again: ({message: {id, text, recipient, reply_to, choices}}) =>
+        post({text, recipient, reply_to, choices}, `again-${id}`),
+    cancel: ({message}) => ask("DELETE", `api/messages/${message.id}/`).then(() => waiting.abort()),
     async send() {
-        if (!draft.text.trim()) throw new Error("Write something first.");
-        if (Date.parse(draft.later) < Date.now()) throw new Error("Choose a time still to come.");
-        changeDraft({key: draft.key || crypto.getRandomValues(new Uint32Array(4)).join("-")});
-        const {text, later, reply_to, key} = draft;
-        const send_at = later ? new Date(later).toISOString() : undefined;
-        await post({text, recipient: chosen(), send_at, reply_to: reply_to || undefined}, key);
-        if (draft.key === key) changeDraft({text: "", later: "", reply_to: null});
+        const at = open, {text, send_at, reply_to, key: known} = drafts[at];
+        if (!text.trim()) throw new Error("Write something first.");
+        if (Date.parse(send_at) < Date.now()) throw new Error("Choose a time still to come.");
+        const key = known || crypto.getRandomValues(new Uint32Array(4)).join("-");
+        const moment = send_at ? new Date(send_at).toISOString() : null;
+        changeDraft({key});
+        await post({text, recipient: other, reply_to, send_at: moment}, key);
+        const now = drafts[at].text, rest = now.startsWith(text) ? now.slice(text.length) : now;
+        changeDraft({text: rest, send_at: "", reply_to: null}, at);
     },
 };
-// Does one thing at a time, and shows why it failed.
 async function press(event) {
-    const button = event.submitter || event.target;
-    event.preventDefault();
-    if (!button.name || document.body.ariaBusy) return;
+    const button = event.target.closest("button");
+    if (button) event.preventDefault();
+    if (!button || document.body.ariaBusy) return;
     document.body.ariaBusy = "true";
     write($("complaint"), "");
-    const act = async () => DO[button.name](button.closest("li"));
-    const complaint = await act().then(() => "", (error) => error.message);
+    const act = async () => DO[button.name](button.closest("li"), button);
+    write($("complaint"), await act().then(() => "", (error) => error.message));
     document.body.ariaBusy = null;
-    write($("complaint"), complaint);
-    if (["choose", "reply"].includes(button.name)) $("compose").elements.text.focus();
-    else if (!button.checkVisibility()) $("stream").focus();
+    if (/send|reply|forget|cancel/.test(button.name)) text.focus();
+    if (/below|earlier/.test(button.name)) $("stream").focus();
 }
 const pause = (seconds, signal) => new Promise((resume) => {
     setTimeout(resume, seconds * 1000);
     signal.addEventListener("abort", resume);
 });
-// Shows news as it comes. A hidden tab asks seldom: browsers allow six connections.
 async function watch() {
-    for (let last = null;;) {
+    while (session.access) {
         const {signal} = waiting = new AbortController();
-        try {
-            if (last && document.hidden) await pause(HIDDEN_SECONDS, signal);
-            last = last ? await listNews(last, signal) : await DO.earlier().then(showAccount) || {};
-            if ($("trouble").textContent) write($("complaint"), "");
-            write($("trouble"), "");
-        } catch (error) {
-            if (signal.aborted) continue;
-            write($("trouble"), "What is new does not arrive now. Trying again.");
-            await pause(RETRY_SECONDS, signal);
-        }
+        const {message} = await listNews(signal).catch((error) => error) || {};
+        if (signal.aborted) continue;
+        write($("trouble"), message ? `${message} Trying again.` : "");
+        if (message) await pause(RETRY_SECONDS, signal);
     }
 }
-// Lists the last WATCHED messages and newer ones, unless their ETag is the known one.
-async function listNews({after, etag}, signal) {
-    const {value} = await ask("GET", "api/messages/?delivery=scheduled&limit=200", {signal});
-    $("scheduled").replaceChildren(...value.map(newItem));
-    value.forEach(showDelivery);
-    const seen = $("messages").lastElementChild?.message.id || 0;
-    const from = ([...$("messages").children].slice(-WATCHED)[0]?.message.id ?? 1) - 1;
-    const wait = document.hidden || $("trouble").textContent ? 0 : WAIT_SECONDS, began = Date.now();
-    const headers = after === from && etag ? {"If-None-Match": etag} : {};
-    const path = `api/messages/?after=${from}&limit=200&wait=${wait}`;
-    const answer = await ask("GET", path, {headers, signal, seconds: wait + 15});
-    showMessages(answer.value);
-    const news = answer.value.findLast((message) => message.id > seen && !isMine(message));
-    if (news) write($("news"), `${news.sender}: ${news.text}`.slice(0, 300));
-    if (answer.value.length) await showAccount();
-    // Too many wait already.
-    const isCrowded = wait && answer.status === 304 && Date.now() - began < 1000;
-    if (isCrowded) await pause(CROWDED_SECONDS, signal);
-    return {after: from, etag: answer.etag};
+async function listNews(signal) {
+    const isSlow = document.hidden && window.Notification?.permission !== "granted";
+    const wait = etag && !isSlow && !$("trouble").textContent ? WAIT_SECONDS : 0;
+    const range = known.length ? {after: known.at(-1).id} : {before: END};
+    const news = await list({...range, limit: LISTED, wait}, {
+        headers: etag && {"If-None-Match": etag},
+        signal: AbortSignal.any([signal, AbortSignal.timeout((wait + 20) * 1000)]),
+    });
+    read.start ??= news.value.at(-1)?.id || 0;
+    showPeople(news.value);
+    if (news.status === 304) return pause(isSlow ? HIDDEN_SECONDS : RETRY_SECONDS, signal);
+    if (etag) news.value.filter((message) => !isMine(message)).forEach(announce);
+    const {telegram} = (await ask("GET", "api/users/me/")).value;
+    $("people").className = `in ${telegram}`;
+    if (!document.activeElement.checkVisibility()) $("me").focus();
+    if (other) await refresh(END);
+    if (!signal.aborted) etag = news.value.length < LISTED ? news.etag : undefined;
 }
-
-document.body.className = session ? "in" : "out";
-write($("complaint"), recall("complaint") || "");
-keep("complaint", "");
-document.addEventListener("submit", press);
-if (session) {
-    const isKept = draft?.username === session.username;
-    if (!isKept) draft = {username: session.username, recipient: "", later: "", text: ""};
+async function refresh(before) {
+    const at = open, {value} = await list({with: other, before, limit: SHOWN});
+    const later = await list({with: other, delivery: "scheduled", limit: SHOWN});
+    if (at !== open) return;
+    const first = value[0]?.id, isReading = $(`m${first}`) && !isAtEnd();
+    if (before === END && !isReading)
+        [...$("messages").children].forEach((item) => item.message.id < first && item.remove());
+    $("below").hidden &&= !isReading || value.every(({id}) => $(`m${id}`));
+    if (!isReading) $("earlier").hidden = value.length < SHOWN;
+    showMessages(value, before === END ? "append" : "prepend");
+    $("scheduled").replaceChildren(...later.value.map((message) => draw(make("li"), message)));
+}
+function announce({sender, text}) {
+    write($("news"), `${sender}: ${text}`.slice(0, 300));
+    if (!document.hidden || window.Notification?.permission !== "granted") return;
+    const note = new Notification(sender, {body: text.slice(0, 300), tag: sender});
+    note.onclick = () => { window.focus(); location.hash = addressOf(sender); };
+}
+document.body.className = session.access ? "in" : "out";
+write($("complaint"), session.complaint || "");
+document.addEventListener("click", press);
+if (session.access) {
     write($("me"), session.username);
-    changeDraft({...draft});
+    $("notify").hidden = window.Notification?.permission !== "default";
+    openConversation();
     watch();
-    const refresh = () => document.hidden || showAccount().catch(() => {});
-    setInterval(() => $("linking").hidden || refresh(), 3000);
-    window.addEventListener("focus", refresh);
-    document.addEventListener("visibilitychange", () => waiting.abort());
-    $("stream").addEventListener("click", press);
-    const {recipient, text} = $("compose").elements;
-    recipient.addEventListener("focus", async () => {
-        const {value} = await ask("GET", "api/users/?limit=1000").catch(() => ({value: []}));
-        $("people").replaceChildren(...value.map(({username}) => new Option(username)));
-    });
-    text.addEventListener("keydown", (event) => {
-        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("send").click();
-    });
+    window.addEventListener("hashchange", openConversation);
+    document.addEventListener("visibilitychange", () => showPeople(waiting.abort()));
+    $("stream").addEventListener("scroll", () => { $("below").hidden ||= isAtEnd(); });
+    $("list").addEventListener("click", () => showPeople($("search").value = ""));
+    $("search").addEventListener("input", () => showPeople());
+    $("search").addEventListener("focus", () => ask("GET", "api/users/").then(({value}) => {
+        names = value.map(({username}) => username);
+        showPeople();
+    }, ({message}) => write($("complaint"), message)));
     $("compose").addEventListener("input", ({target}) => {
         write($("complaint"), "");
-        if (target.name) changeDraft({[target.name]: target.value});
-        else arrange(true);
+        changeDraft({[target.name]: target.value});
+    });
+    text.addEventListener("keydown", (event) => {
+        if (event.key === "Escape" && drafts[open].reply_to) DO.forget();
+        if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch) return;
+        event.preventDefault();
+        $("send").click();
     });
 }
 </script>
