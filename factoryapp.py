@@ -1008,16 +1008,12 @@ def find_user(db, user_id):
     return db.one(f"SELECT {USER} FROM users WHERE id = ?", user_id)
 
 
-def find_user_by_name(db, username):
-    return db.one(f"SELECT {USER} FROM users WHERE username = ?", username)
-
-
-def find_user_in_any_case(db, username):
-    """Return the user of this name, or of one that differs by case alone, or None."""
+def find_user_by_name(db, username, folded=""):
+    """Return the user of this name or, where there is none, of this folded name, or None."""
     return db.one(
-        f"SELECT {USER} FROM users WHERE username = ? OR folded = ? ORDER BY username <> ? LIMIT 1",
+        f"SELECT {USER} FROM users WHERE username = ? OR folded = ? ORDER BY username <> ?",
         username,
-        fold(username),
+        folded,
         username,
     )
 
@@ -3651,12 +3647,13 @@ class Field:
 class Text(Field):
     """A text: what is taken, and Django REST framework's wording of what is not."""
 
+    required = True
     # Not blank. JSON schema knows \s and \w of ASCII alone.
     pattern = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
-    def __init__(self, tidy=str, required=True, **schema):
+    def __init__(self, tidy=str, **schema):
         super().__init__(**{"minLength": 1, "pattern": self.pattern, **schema})
-        self.tidy, self.required = tidy, required
+        self.tidy = tidy
 
     def read(self, value, username=None):
         """The text that was sent, by this user if that is known. Raises Refused."""
@@ -3677,6 +3674,10 @@ class Text(Field):
             yield "Null characters are not allowed."
         if surrogate := re.search("[\ud800-\udfff]", text):
             yield f"Surrogate characters are not allowed: U+{ord(surrogate[0]):X}."
+
+
+class OptionalText(Text):
+    required = False
 
 
 class NewUsername(Text):
@@ -4142,12 +4143,11 @@ FIELD_ERRORS = component(
 USERNAME_FIELD = NewUsername(tidy=tidy_username, maxLength=MAX_USERNAME, example="alice")
 # The name of somebody who may not exist.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
-# Bottle reads a query string as Latin-1. With bytes that are not UTF-8 it names nobody.
-WITH_FIELD = Text(
+# Bottle reads a query string as Latin-1. Bytes that are not UTF-8 name nobody.
+WITH_FIELD = OptionalText(
     tidy=lambda name: tidy_username(name.encode("latin-1").decode(errors="replace")),
-    required=False,
     example="alice",
-    description="Only the conversation with this user; with yourself: your notes.",
+    description="Only the conversation with this user.",
 )
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(
@@ -4549,16 +4549,12 @@ def find_recipients(db, user, recipient, reply_to):
         raise HTTPError(400, {"reply_to": ["No such message."]})
     if not recipient:
         return [other or user]
-    return find_named_users(db, "recipient", recipient)
-
-
-def find_named_users(db, field, names):
-    """Return the users of a name or a list of names, each once. Raises HTTPError 400."""
-    is_one = isinstance(names, str)
-    found = {name: find_user_in_any_case(db, name) for name in ([names] if is_one else names)}
-    if unknown := [name for name in found if not found[name]]:
+    is_one = isinstance(recipient, str)
+    names = [recipient] if is_one else recipient
+    found = {name: find_user_by_name(db, name, fold(name)) for name in names}
+    if unknown := [name for name in names if not found[name]]:
         which = "" if is_one else f": {', '.join(unknown)}"
-        raise HTTPError(400, {field: [f"No such user{which}."]})
+        raise HTTPError(400, {"recipient": [f"No such user{which}."]})
     return list({user["id"]: user for user in found.values()}.values())
 
 
@@ -4605,9 +4601,11 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
     by their delivery alone.
     """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
-    if page["with"]:
+    if name := page["with"]:
         listing = CONVERSATION_BY_DELIVERY if delivery else CONVERSATION
-        page["with"] = find_named_users(connection(), "with", page["with"])[0]["username"]
+        if not (other := find_user_by_name(connection(), name, fold(name))):
+            raise HTTPError(400, {"with": ["No such user."]})
+        page["with"] = other["username"]
     if reply_to:
         listing, reply_to = OWN_ANSWERS, find_new_id(connection(), reply_to, user["id"])
     if delivery == "scheduled":
