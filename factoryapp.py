@@ -2870,7 +2870,7 @@ section { display: flex; flex-direction: column; gap: .5rem; padding: .5rem .75r
 section + section { border-inline-start: 1px solid var(--mine); }
 h1 { font-size: 1.1rem; flex: 1; } ul, ol { padding: 0; list-style: none; }
 form { display: grid; gap: .6rem; } #sign-in { width: 25rem; margin: 1rem auto; }
-#notices { grid-column: 1 / -1; } .error, .failed { color: var(--bad); }
+#scheduled { max-height: 20dvh; overflow: auto; } #notices { grid-column: 1 / -1; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .3rem .6rem; }
 label > input { display: block; width: 100%; } .small { font-size: .875rem; color: var(--quiet); }
 input, textarea, button, code, .bubble { padding: .35rem .65rem; border-radius: .6rem;
@@ -2885,19 +2885,18 @@ nav a { display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem; padding: .
 nav a:hover, [aria-current], .mine .bubble { background: var(--mine); }
 .quote { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; flex: 1; }
 #stream { display: flex; flex-direction: column-reverse; }  /* it stays at its end */
-#whom { flex-basis: 60%; } #scheduled { max-height: 20dvh; overflow: auto; }
 .bubble { position: relative; width: fit-content; max-width: 88%; margin: .15rem 0;
     border-color: var(--mine); } .mine .bubble { margin-inline-start: auto; }
-.text { white-space: pre-wrap; unicode-bidi: plaintext; }
+#whom { flex-basis: 60%; } .text { white-space: pre-wrap; unicode-bidi: plaintext; }
 li:not(:hover, :focus-within) :is([name=reply], .queued + *) { opacity: 0; pointer-events: none; }
 form:has(input:not(:placeholder-shown)) + nav ul:empty::after { content: "Nobody has that name"; }
 textarea { flex: 1 1 8rem; max-height: 30dvh; resize: none; field-sizing: content; }
 output, .who { position: absolute; clip-path: inset(50%); }
-@media (width >= 45rem) { #back { display: none; } }
+.error, .failed { color: var(--bad); } @media (width >= 45rem) { #back { display: none; } }
 @media (width < 45rem) { .in main { grid-template-columns: 1fr; }
     .talking #people, body:not(.talking) #talk { display: none; } }
-[hidden], p:empty, .unlinked, body:not(.in) .in, .in .out, .closed .when-open, .open .when-closed,
-#people:not(.none, .elsewhere) #linking, .none [name=unlink], .talking #none,
+[hidden], p:empty:not([role]), .unlinked, body:not(.in) .in, .in .out, .closed .when-open,
+#people:not(.none, .elsewhere) #linking, .none [name=unlink], .open .when-closed, .talking #none,
 body:not(.talking) #talk > :not(#none) { display: none !important; }
 </style><main><div id="notices"><noscript>This page needs JavaScript. The API does not.</noscript>
     <p id="trouble" class="error" role="status"></p> <output id="news"></output>
@@ -2941,10 +2940,9 @@ body:not(.talking) #talk > :not(#none) { display: none !important; }
                 <input name="send_at" type="datetime-local" aria-label="Send at"></details>
             <button id="send" name="send" class="main"></button></div></form></section>
 </main><script>"use strict";
-const LISTED = 500, SHOWN = 100, END = Number.MAX_SAFE_INTEGER;
-const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2;
+const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, LISTED = 500, SHOWN = 100;
+const END = Number.MAX_SAFE_INTEGER, isTouch = matchMedia("(pointer: coarse)").matches;
 const LINK = /(https?:\/\/\S*[^\s.,:;!?'")\]}>»])/, HOUR = {timeStyle: "short"};
-const isTouch = matchMedia("(pointer: coarse)").matches;
 const $ = (id) => document.getElementById(id), {text, send_at} = $("compose").elements;
 const write = (at, words) => { if (at.textContent !== words) at.textContent = words; };
 const recall = (name) => JSON.parse(sessionStorage.getItem(name)) || {};
@@ -2962,8 +2960,7 @@ async function ask(method, path, {body, headers, signal, isLast} = {}) {
     const value = isEmpty ? [] : await answer.json().catch(() => null);
     if (value && (answer.ok || isEmpty)) return {status, value, etag: answer.headers.get("ETag")};
     if (status === 401 && session.access && !isLast) {
-        const renewal = {body: {refresh: session.refresh}, isLast: true};
-        const {value} = await ask("POST", "auth/token/refresh/", renewal);
+        const {value} = await ask("POST", "auth/token/refresh/", {body: session, isLast: true});
         keep("session", Object.assign(session, value));
         return ask(method, path, {body, headers, signal, isLast: true});
     }
@@ -3099,10 +3096,11 @@ const DO = {
         const logout = ask("POST", "auth/token/blacklist/", {body: session});
         const {message} = await logout.catch((error) => error);
         for (const storage of [sessionStorage, localStorage]) storage.clear();
-        for (const part of document.querySelectorAll("section")) part.remove();
+        for (const part of document.querySelectorAll("section, output")) part.remove();
         history.replaceState(null, "", location.pathname);
         document.body.className = "out";
         session.access = "";
+        $("sign-in").elements.username.focus();
         waiting.abort();
         if (message) throw new Error(`${message} You are logged out in this tab alone.`);
     },
@@ -3125,7 +3123,7 @@ const DO = {
         if (document.execCommand("copy")) write(button, "Copied");
     },
     unlink: async () => confirm("Unlink your chat? What waits for it is given up.")
-        && ask("POST", "api/users/unlink-telegram/"),
+        && ask("POST", "api/users/unlink-telegram/").then(() => $("code").replaceChildren()),
     earlier: () => refresh($("messages").firstElementChild.message.id),
     below: () => $("stream").scrollTo(0, 0),
     reply: ({message}) => changeDraft({reply_to: message.id}),
@@ -3142,9 +3140,9 @@ const DO = {
         const key = known || crypto.getRandomValues(new Uint32Array(4)).join("-");
         const moment = send_at ? new Date(send_at).toISOString() : null;
         changeDraft({key});
-        await post({text, recipient: other, reply_to, send_at: moment}, key);
+        await post({text: text.trimEnd(), recipient: other, reply_to, send_at: moment}, key);
         const now = drafts[at].text, rest = now.startsWith(text) ? now.slice(text.length) : now;
-        changeDraft({text: rest, send_at: "", reply_to: null}, at);
+        changeDraft({text: rest.replace(/^\n+/, ""), send_at: "", reply_to: null}, at);
     },
 };
 async function press(event) {
@@ -3152,12 +3150,12 @@ async function press(event) {
     if (button) event.preventDefault();
     if (!button || document.body.ariaBusy) return;
     document.body.ariaBusy = "true";
+    if (/send|reply|forget|cancel/.test(button.name)) text.focus();
+    if (/below|earlier/.test(button.name)) $("stream").focus();
     write($("complaint"), "");
     const act = async () => DO[button.name](button.closest("li"), button);
     write($("complaint"), await act().then(() => "", (error) => error.message));
     document.body.ariaBusy = null;
-    if (/send|reply|forget|cancel/.test(button.name)) text.focus();
-    if (/below|earlier/.test(button.name)) $("stream").focus();
 }
 const pause = (seconds, signal) => new Promise((resume) => {
     setTimeout(resume, seconds * 1000);
@@ -3169,6 +3167,7 @@ async function watch() {
         const {message} = await listNews(signal).catch((error) => error) || {};
         if (signal.aborted) continue;
         write($("trouble"), message ? `${message} Trying again.` : "");
+        if (message?.includes("database restored")) location.reload();
         if (message) await pause(RETRY_SECONDS, signal);
     }
 }
@@ -3200,10 +3199,11 @@ async function refresh(before) {
     $("below").hidden &&= !isReading || value.every(({id}) => $(`m${id}`));
     if (!isReading) $("earlier").hidden = value.length < SHOWN;
     showMessages(value, before === END ? "append" : "prepend");
-    $("scheduled").replaceChildren(...later.value.map((message) => draw(make("li"), message)));
+    const items = later.value.map((message) => draw(make("li"), message)), box = $("scheduled");
+    if (box.textContent !== make("p", {}, ...items).textContent) box.replaceChildren(...items);
 }
 function announce({sender, text}) {
-    write($("news"), `${sender}: ${text}`.slice(0, 300));
+    $("news").replaceChildren(`${sender}: ${text}`.slice(0, 300));
     if (!document.hidden || window.Notification?.permission !== "granted") return;
     const note = new Notification(sender, {body: text.slice(0, 300), tag: sender});
     note.onclick = () => { window.focus(); location.hash = addressOf(sender); };
@@ -3213,7 +3213,7 @@ write($("complaint"), session.complaint || "");
 document.addEventListener("click", press);
 if (session.access) {
     write($("me"), session.username);
-    $("notify").hidden = window.Notification?.permission !== "default";
+    $("notify").hidden = isTouch || window.Notification?.permission !== "default";
     openConversation();
     watch();
     window.addEventListener("hashchange", openConversation);
@@ -3232,7 +3232,7 @@ if (session.access) {
     text.addEventListener("keydown", (event) => {
         if (event.key === "Escape" && drafts[open].reply_to) DO.forget();
         if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch) return;
-        event.preventDefault();
+        if (!document.body.ariaBusy) event.preventDefault();
         $("send").click();
     });
 }

@@ -5295,6 +5295,9 @@ def test_page_keeps_what_is_scheduled_above_the_writing_line(http, browse):
     browse.key("Enter")
     browse.until(f"{SCHEDULED} === 'soon,far' && !$('later').open")
     assert browse.evaluate(f"{SHOWN} === ''")
+    browse.evaluate("document.querySelector('#scheduled button').focus()")
+    post(http, headers, "news")
+    browse.until(f"{SHOWN} === 'news' && document.activeElement.name === 'cancel'")
     [_, far] = list_scheduled(http, headers)
     assert factoryapp.iso(factoryapp.now() + 7000) < far["send_at"]
     browse.evaluate("$('scheduled').querySelectorAll('[name=cancel]')[1].click()")
@@ -5303,7 +5306,7 @@ def test_page_keeps_what_is_scheduled_above_the_writing_line(http, browse):
     while factoryapp.iso(factoryapp.now()) < soon["send_at"]:
         time.sleep(0.1)
     assert factoryapp.publish_due()
-    browse.until(f"{SHOWN} === 'soon' && {SCHEDULED} === ''")
+    browse.until(f"{SHOWN} === 'news,soon' && {SCHEDULED} === ''")
 
 
 def test_page_shows_what_others_write_at_once_and_outlives_its_access_token(http, browse):
@@ -5372,6 +5375,11 @@ def test_page_sends_what_is_typed_once_whatever_happens_meanwhile(http, browse):
     browse.key("Enter")
     browse.until(f"{SHOWN} === 'one, two,three'")
     assert [message["text"] for message in list_messages(http, headers)] == ["one", " two", "three"]
+    # An older copy of the database is put in its place.
+    with factoryapp.transaction() as db:
+        db.execute("DELETE FROM messages WHERE id > 1")
+        db.execute("UPDATE sqlite_sequence SET seq = 1 WHERE name = 'messages'")
+    browse.until(f"{SHOWN} === 'one'")
 
 
 def test_page_notifies_of_news_while_it_is_hidden(http, browse):
