@@ -2940,7 +2940,7 @@ body:not(.talking) #talk > :not(#none) { display: none !important; }
                 <input name="send_at" type="datetime-local" aria-label="Send at"></details>
             <button id="send" name="send" class="main"></button></div></form></section>
 </main><script>"use strict";
-const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, LISTED = 500, SHOWN = 100;
+const WAIT_SECONDS = 50, HIDDEN_SECONDS = 60, RETRY_SECONDS = 2, LISTED = 1000, SHOWN = 100;
 const END = Number.MAX_SAFE_INTEGER, isTouch = matchMedia("(pointer: coarse)").matches;
 const LINK = /(https?:\/\/\S*[^\s.,:;!?'")\]}>»])/, HOUR = {timeStyle: "short"};
 const $ = (id) => document.getElementById(id), {text, send_at} = $("compose").elements;
