@@ -1737,7 +1737,7 @@ def new_salt():
 
 
 def hash_with(salt, password, n, r, p):
-    """The password's hash with what it was made with, as the users table keeps it."""
+    """Return scrypt's parameters, the salt and the hash, in the format of users.password."""
     salt_bytes = base64.b64decode(salt)
     digest = hashlib.scrypt(
         password.encode(), salt=salt_bytes, n=n, r=r, p=p, maxmem=256 * n * r, dklen=32
@@ -1750,12 +1750,15 @@ def hash_password(password):
 
 
 def compose(password):
-    """The one spelling of a password, whatever keyboard it was typed on (RFC 8265, section 4.2)."""
+    """Return the canonical form of a password, whatever the keyboard (RFC 8265, section 4.2)."""
     return normalize("NFC", password, MAX_PASSWORD)
 
 
 def nobodys_hash():
-    """What an unknown user's password is compared to, so that both wrongs take the same time."""
+    """Return a hash that no password matches, for unknown users and disabled accounts.
+
+    Comparing takes as long as with a real user's hash, so response times reveal no usernames.
+    """
     return f"scrypt${SCRYPT['n']}${SCRYPT['r']}${SCRYPT['p']}${new_salt()}$"
 
 
@@ -1765,22 +1768,25 @@ def password_matches(password, password_hash):
     return secrets.compare_digest(hashed, password_hash)
 
 
-# Ids of the API keys that were used for the first time today, until run_upkeep() writes them down.
+# Ids of API keys used today, until run_upkeep() stores the date.
 used_keys = set()
 
 
 class TokenError(Exception):
-    """A JWT that is not to be believed; the text is for the client."""
+    """Signal an invalid JWT or API key. The exception's text is for the client."""
 
 
 @lru_cache(TOKENS_REMEMBERED)
 def hash_of_hash(password_hash):
-    """Return what ties a token to the user's password: a new password ends the token."""
+    """Return the value of the JWT claim "hash_password".
+
+    The value changes with the password. Tokens with an older value are refused.
+    """
     return sha256(password_hash)[:16].hex()
 
 
 def issue_token(kind, user):
-    """Return a JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
+    """Return a new JWT with simplejwt's claims. `kind` is "access" or "refresh"."""
     issued_at = int(now())
     lifetime = ACCESS_TOKEN_SECONDS if kind == "access" else REFRESH_TOKEN_SECONDS
     claims = {
@@ -1796,9 +1802,10 @@ def issue_token(kind, user):
 
 @lru_cache(TOKENS_REMEMBERED)
 def verify_signature(token, key):
-    """Return the claims of a JWT that was signed by this key, and not in the future.
+    """Return the claims of a JWT after checking the signature and the time of issue.
 
-    Raises TokenError, and what PyJWT raises.
+    Expiry is not checked, since results are cached. Raises TokenError if the time of issue is in
+    the future, and the errors of PyJWT and int() if the token is malformed.
     """
     options = {"verify_aud": False, "verify_exp": False, "verify_iat": False}
     claims = jwt.decode(token, key, algorithms=["HS256"], options=options)
@@ -1808,13 +1815,13 @@ def verify_signature(token, key):
 
 
 def read_token(token, kind):
-    """The claims of a valid JWT of that kind (None: of any).
+    """Return the claims of a valid JWT of this kind (None: any kind).
 
-    Raises TokenError, worded and ordered as simplejwt does.
+    Raises TokenError. The sentences and the order of the checks are simplejwt's.
     """
     try:
         claims = verify_signature(token, settings.key)
-        # An absurd time raises here.
+        # fromtimestamp() raises an error for absurd times, or such a token would be valid for ever.
         if "exp" in claims and datetime.fromtimestamp(int(claims["exp"]), UTC).timestamp() <= now():
             raise TokenError("Token is expired")
     except (
@@ -1840,26 +1847,26 @@ def read_token(token, kind):
 
 
 class Limiter:
-    """Limits tries by key: some at once, then one in so many seconds (GCRA, as in ATM networks).
+    """Limit tries by key: a burst, then one try per interval (GCRA, as in ATM networks).
 
-    Forgets the keys that were not used for longest.
+    At most LIMITER_KEYS keys are remembered: the least recently used keys are forgotten first.
     """
 
     def __init__(self):
-        self.spent_until = OrderedDict()  # key: ticks
+        self.spent_until = OrderedDict()  # key: ticks() at which a full burst is allowed again
         self.lock = threading.Lock()
 
     def try_once(self, limits):
-        """Count a try for each key. Returns 0, or the seconds to wait: then none was counted.
+        """Count one try for each key. Returns 0, or the seconds to wait if none was counted.
 
-        `limits` is {key: (tries at once, seconds for one more)}.
+        `limits` is {key: (tries in a burst, seconds per further try)}.
         """
         with self.lock:
             at, spent, wait = ticks(), {}, 0
             for key, (most, seconds) in limits.items():
                 spent[key] = max(0, self.spent_until.get(key, 0) - at) + seconds
                 wait = max(wait, spent[key] - most * seconds)
-            # Rounded: the sums are not exact.
+            # Without round(), a tiny floating-point error would make ceil() add a second.
             if wait := math.ceil(round(wait, 3)):
                 return wait
             for key, seconds in spent.items():
@@ -1870,7 +1877,7 @@ class Limiter:
         return 0
 
     def forgive(self, of_name, of_address):
-        """Take back the failed logins of a name, and this try of its address, which was right."""
+        """Forget all tries of the name and one try of the address, after a successful login."""
         with self.lock:
             self.spent_until.pop(of_name, None)
             if of_address in self.spent_until:
@@ -1882,14 +1889,14 @@ message_limiter, said_limiter = Limiter(), Limiter()
 
 
 # --- Outbox ---------------------------------------------------------------------------------------
-# Queue what the bot shall say; then one delivery, one round, the loop.
+# Queue the bot's messages and deliver them: one delivery, one chat, the threads. Then upkeep.
 
 
 def queue_text(db, chat, text, username="", **columns):
-    """Queue what the bot shall say in a chat, in as many parts as Telegram needs.
+    """Queue a text for a chat, split into as many Telegram messages as needed.
 
-    `chat` is (bot id, chat id), or None: then there is nowhere to say it. `username` names whose
-    text it is, `columns` are other columns of the outbox.
+    `chat` is (bot id, chat id), or None if no chat is linked: nothing is queued then. `username` is
+    the author's name, shown above later parts. `columns` are other columns of the outbox.
     """
     parts = split_text(text, username) if chat else ()
     for n, part in enumerate(parts, 1):
@@ -1898,9 +1905,9 @@ def queue_text(db, chat, text, username="", **columns):
 
 
 def relay(db, sender, recipient, text, source, silent=False, **columns):
-    """Store a message and queue its copies, for the recipient's chat and for the sender's own.
+    """Store a message and queue its copies, for the recipient's chat and for the sender's chat.
 
-    `columns` are other columns of the message. Returns its (id, delivery).
+    `columns` are other columns of the message. Returns (message id, delivery).
     """
     chat = find_chat(db, recipient["id"])
     delivery = "queued" if chat else "unlinked"
@@ -1926,7 +1933,7 @@ def relay(db, sender, recipient, text, source, silent=False, **columns):
 
 
 def publish(db, message_id):
-    """Make a scheduled message a message, as if it were posted now."""
+    """Post a scheduled message as if sent now. Does nothing if the message was cancelled."""
     if row := delete_scheduled(db, message_id):
         message = dict(row)
         users = [find_user(db, message.pop(key)) for key in ("sender_id", "recipient_id")]
@@ -1934,9 +1941,10 @@ def publish(db, message_id):
 
 
 def publish_due():
-    """Publish some of what is due. Returns False if nothing is.
+    """Publish some scheduled messages that are due. Returns False if none is due.
 
-    A message that cannot be published holds up no other: it is scheduled again.
+    A message that cannot be published is rescheduled, so that other messages are not held up.
+    Raises sqlite3.Error if the database itself fails.
     """
     if not (due := list_due_scheduled(connection())):
         return False
@@ -1954,12 +1962,15 @@ def publish_due():
 
 
 def without_text(error):
-    """Return an exception for the log without its text, which may quote a message."""
+    """Return exc_info for the log without the exception's text: the text may quote a message."""
     return type(error), None, error.__traceback__
 
 
 def wait_to_send(db, sender, recipients, text, is_scheduled=False):
-    """Count a message to each. Returns 0, or the seconds to wait: then none was counted."""
+    """Count one message to each recipient. Returns 0, or the seconds to wait if none was counted.
+
+    The sender has to wait if rate-limited, or if too many messages to a recipient are waiting.
+    """
     limits = {}
     for to in recipients:
         ids, most = (sender["id"], to["id"]), MAX_QUEUED
@@ -1973,7 +1984,10 @@ def wait_to_send(db, sender, recipients, text, is_scheduled=False):
 
 
 def link_chat(db, chat, user_id, token):
-    """Link the chat to this user. The user's earlier chat is told, and its queue moves here."""
+    """Link a chat to a user. The queue of the user's earlier chat moves to the new chat.
+
+    The earlier chat is told if the same bot serves both chats.
+    """
     earlier_chat = find_chat(db, user_id)
     if earlier_chat and tuple(earlier_chat) != chat:
         move_queue(db, earlier_chat, chat)
@@ -1983,13 +1997,16 @@ def link_chat(db, chat, user_id, token):
 
 
 def unlink_chat(db, chat, reason):
-    """The chat speaks for nobody from now on, and what is queued for it is given up."""
+    """Unlink a chat from its user, and give up the deliveries queued for the chat."""
     delete_chat(db, chat)
     give_up(db, reason, list_queue(db, chat))
 
 
 def give_up(db, reason, ids):
-    """These deliveries are never sent. Their messages show that, and who sent them is told."""
+    """Delete unsent deliveries. `reason` goes to the log and into messages.failure.
+
+    A message that loses the recipient's copy is marked as failed, and the sender is told.
+    """
     rows = [row for some in portions(ids) for row in delete_deliveries(db, some)]
     if rows:
         named = ", ".join(dict.fromkeys(what for _, _, what in rows[:10]))
@@ -2004,39 +2021,41 @@ def give_up(db, reason, ids):
 
 
 class NotSent(Exception):
-    """A delivery was not sent, or is not known to be: (reason, what follows, seconds to wait).
+    """Signal a delivery that failed or may have failed: (reason, what_follows, retry_after).
 
-    What follows is "later": it is sent again, after the seconds that Telegram told us to wait, or
-    None if that is up to us; "missing": likewise, but the chat is gone if Telegram still says so
-    then; "never": this text cannot be sent; "gone": nothing can be sent to this chat any more.
+    `what_follows` is "later" to retry; "missing" to retry too, but to unlink the chat if Telegram
+    still cannot find the chat ten minutes after the first time; "never" to give up, since Telegram
+    refuses the text; "gone" to unlink the chat, since nothing can be sent there any more.
+    `retry_after` is Telegram's pause before a retry, in seconds; None means our own back-off.
     """
 
 
 class Home:
-    """Where the bot speaks, and what is known of it.
+    """Carry messages between the bot and people: the base class of the transports.
 
-    It has an `id`; send(delivery), which returns its id of the sent message, if it has one, and
-    raises NotSent; and run(stop), which listens until told to stop.
+    A transport has an `id`, the bot's id. send(delivery) returns the message's id in Telegram, or
+    None, and raises NotSent. run(stop) receives messages until `stop` is set.
     """
 
-    name = None  # what people call it
-    error = None  # what is wrong with it, for the operator, without secrets
-    answered = None  # when it last answered, in ticks
+    name = None  # "@username" (None until Telegram is first reached) or "terminal"
+    error = None  # the current problem, in words for the operator, without secrets
+    answered = None  # ticks() at the last successful call of run() to Telegram
 
     def is_well(self):
-        """Return whether it can be spoken to, as far as is known."""
+        """Return whether messages can be sent, as far as the transport knows."""
         return True
 
 
 def backoff(attempts, longest):
-    """Seconds to wait after so many failed attempts: exponential, with jitter."""
+    """Return seconds of back-off: 2 ** attempts, at most `longest`, times a jitter of 0.5 to 1."""
     return min(longest, 2.0 ** min(attempts, 20)) * random.uniform(0.5, 1)
 
 
 def settle(change, *args):
-    """Store what has happened: a delivery was sent, a line was typed.
+    """Call change(db, *args) in a transaction, and retry each second while the database fails.
 
-    While the database cannot, wait: to send it once more would be worse.
+    The change records a past event: a sent delivery or a typed line. After giving up, the delivery
+    would be sent twice or the line would be lost. Returns the result of `change`.
     """
     while True:
         try:
@@ -2048,7 +2067,10 @@ def settle(change, *args):
 
 
 def deliver(home, delivery):
-    """Send one delivery and settle it. Returns Again if it has to be sent again, else None."""
+    """Send one delivery and store the outcome.
+
+    Returns None if the delivery was sent or refused for good, else Again: the chat's next turn.
+    """
     try:
         telegram_message_id = home.send(delivery)
     except NotSent as error:
@@ -2061,17 +2083,19 @@ def deliver(home, delivery):
 
 
 def handle_failure(home, delivery, reason, what_follows="later", retry_after=None):
-    """Do what follows on NotSent. Returns Again, or None if that was Telegram's last word.
+    """Handle a failed attempt: schedule a retry, give up the delivery, or unlink the chat.
 
-    What is final is believed on good evidence only: that the chat is missing when it is still said
-    ten minutes later, that a delivery cannot succeed when others do.
+    Giving up without a final refusal takes good evidence: Telegram still cannot find the chat after
+    ten minutes, or the delivery keeps failing while other deliveries are sent.
+
+    Returns None after a final refusal ("never" or "gone"), else Again: the chat's next turn.
     """
     missing_since, failing_since = delivery["missing_since"], delivery["failing_since"]
     is_missing = what_follows == "missing"
     was_missing = missing_since and now() - missing_since >= MISSING_SECONDS
-    # What failed while Telegram was away says nothing.
+    # Failures before back_at, the end of Telegram's last outage, are no evidence.
     is_old = failing_since and max(failing_since, turns.back_at) <= now() - FAILING_SECONDS
-    # Since the last try of this one.
+    # The previous attempt of this delivery was at due_at - pause.
     others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]
     is_hopeless = is_old and others_pass and delivery["attempts"] + 1 >= FAILURES_BEFORE_GIVING_UP
     if what_follows == "gone" or (is_missing and was_missing):
@@ -2091,8 +2115,11 @@ def handle_failure(home, delivery, reason, what_follows="later", retry_after=Non
 
 
 def deliver_head(home, chat_id):
-    """Deliver what is next in a chat. Says when its turn comes again, None when all is said."""
-    # Who cancels a message has this lock until that is committed.
+    """Send the first delivery of a chat's queue.
+
+    Returns Again for the chat's next turn, or None if the queue is empty.
+    """
+    # cancel() holds write_lock until the commit: no delivery claimed here is being cancelled.
     with write_lock:
         if not (head := find_head(connection(), home.id, chat_id)):
             return None
@@ -2104,7 +2131,7 @@ def deliver_head(home, chat_id):
 
 
 def deliver_to(home, chat_id):
-    """Deliver the head of a chat whose turn was taken, and give the turn back."""
+    """Send the first delivery of a chat after turns.take(), and give the turn back."""
     try:
         again = deliver_head(home, chat_id)
     except Exception:
@@ -2114,15 +2141,15 @@ def deliver_to(home, chat_id):
 
 
 def run_sender(home, chats):
-    """Deliver to the chats that come through this queue, until None does."""
+    """Deliver to each chat id from the queue `chats`, until None comes."""
     for chat_id in iter(chats.get, None):
         deliver_to(home, chat_id)
 
 
 def run_outbox(home, stop):
-    """Take turns until told to stop, and give each to a sender.
+    """Take turns and hand each to a sender thread, until `stop` is set.
 
-    There are no more senders than needed: each has connections of its own.
+    Senders are started only when needed, since each opens connections of its own.
     """
     chats, senders = queue.SimpleQueue(), 0
     while not stop.is_set():
@@ -2142,13 +2169,16 @@ def run_outbox(home, stop):
 
 
 def wake_all(home):
-    """Wake the chats for which something is queued, maybe by another process. It ends no pause."""
+    """Wake each chat with queued deliveries: another process may have queued some.
+
+    A chat in a pause keeps the pause.
+    """
     for chat_id in list_queued_chats(connection(), home.id):
         turns.wake(home.id, chat_id)
 
 
 def note_used_keys():
-    """Write down which API keys were used today."""
+    """Set last_used_on to today for the API keys in used_keys, and remove the ids from the set."""
     if key_ids := list(used_keys):
         with transaction() as db:
             set_keys_used(db, key_ids)
@@ -2156,7 +2186,10 @@ def note_used_keys():
 
 
 def run_upkeep(home, stop):
-    """Do what nobody waits for, until told to stop; what is old is forgotten each hour."""
+    """Wake chats, publish due messages and store used keys, until `stop` is set.
+
+    Old rows are deleted every hour, in portions.
+    """
     forget_at = 0
     while not stop.is_set():
         is_more = False
@@ -2175,7 +2208,7 @@ def run_upkeep(home, stop):
 
 
 def announce(line):
-    """Tell the operator, who may have closed standard output."""
+    """Print a line for the operator, or log the line if standard output is closed."""
     try:
         print(line, flush=True)
     except OSError:
@@ -2183,20 +2216,21 @@ def announce(line):
 
 
 # --- Bot ------------------------------------------------------------------------------------------
-# The conversation, then its two homes: Telegram and the terminal.
+# The conversation with a user, then the bot's two transports: Telegram and the terminal.
 
-# Its name and argument: "/start@bot TOKEN".
+# A command such as "/start@bot TOKEN". The groups are the name and the argument.
 COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@\w+)?(?:\s+(.*))?", re.DOTALL)
-# What secrets.token_urlsafe(32) makes; then the same, whatever it leans on.
+# A link token has 43 characters, as secrets.token_urlsafe(32) returns them. LINK_TOKEN matches
+# only whole words. SHOWN_TOKEN also matches inside a longer word, at each position.
 LINK_TOKEN = re.compile("(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
 SHOWN_TOKEN = re.compile("(?=([A-Za-z0-9_-]{43}))")
-SHOWN_TOKENS = 100  # of the latter that are looked up, at most
-# Kinds of message that Telegram writes by itself: the library's list, and those that it lacks.
+SHOWN_TOKENS = 100  # matches of SHOWN_TOKEN that are looked up in one text
+# Fields that mark a message as written by Telegram itself: telebot's list, and some not in it.
 SERVICE = {
     *telebot.util.content_type_service,
     *"connected_website gift passport_data successful_payment unique_gift web_app_data".split(),
 }
-# Where a rich message has its words, in the order of reading (Bot API, RichBlock and RichText).
+# Fields of a rich message that hold words, in reading order (Bot API, RichBlock and RichText).
 RICH_FIELDS = (
     "label summary text expression alternative_text blocks items cells buttons button caption "
     "credit"
@@ -2204,9 +2238,10 @@ RICH_FIELDS = (
 
 
 def pick(source, name, *kinds):
-    """A field of what Telegram sent, or None where it is not of these kinds, or cannot be kept.
+    """Return a field of Telegram's JSON, or None if missing, of another type or too large.
 
-    What is not used is not looked at: what there will be next year changes nothing.
+    `kinds` are the allowed types. Integers have to fit into SQLite (MAX_ID). Only fields in use
+    are ever read, so that fields added to the Bot API later change nothing.
     """
     value = source.get(name) if isinstance(source, dict) else None
     if type(value) not in kinds or (int in kinds and not abs(value) <= MAX_ID):
@@ -2215,7 +2250,7 @@ def pick(source, name, *kinds):
 
 
 def clean(text):
-    """A text that SQLite and JSON take: without NUL and lone surrogates."""
+    """Return a text that SQLite and JSON accept: without NUL and lone surrogates."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
@@ -2226,23 +2261,34 @@ HEARD = (
 
 
 class Heard(namedtuple("Heard", HEARD, defaults=[None] * 15)):
-    """An event in a chat with the bot: all that the conversation knows of it.
+    """Describe an event in a chat with the bot. The conversation knows nothing else of the event.
 
-    read_update() makes one of an update of Telegram's, the terminal of a typed line. Each has a
-    `chat`, (bot id, chat id). The other fields are None where they do not apply: `text`, as a
-    person wrote it; `shown`, the text or caption with the addresses of its links; `number`, the id
-    of the message that a line in the terminal answers; `kind` of update; `place`, the type of the
-    chat; `update_id`; `message_id`; `written_at`, in seconds since 1970; `is_wordless`, if a person
-    sent something that is no text; `is_forwarded`; `replied_id`, Telegram's id of the replied
-    message; `replies_to_bot`, if the bot wrote that; `query_id` and `data` of a pressed button;
-    `thread_id`, the topic of a forum group.
+    read_update() makes a Heard from each update, the terminal from each typed line. A field is
+    None where it does not apply, `chat` is always set.
+
+    chat            (bot id, chat id); the chat id is None if an update has no chat
+    text            the text as a person wrote it
+    shown           the text or caption, with the addresses of the links
+    number          the id of the message that a line in the terminal answers
+    kind            the type of update, one of Telegram.allowed_updates
+    place           the type of the chat, such as "private"
+    update_id       Telegram's id of the update
+    message_id      Telegram's id of the message
+    written_at      when the message was written, in seconds since 1970
+    is_wordless     true if a person sent something other than text
+    is_forwarded    true if the message was forwarded
+    replied_id      Telegram's id of the replied message
+    replies_to_bot  true if the bot wrote the replied message
+    query_id        the id of a pressed button's callback query
+    data            the callback data of a pressed button
+    thread_id       the topic of a forum group
     """
 
 
 def read_rich(part, separator=""):
-    """Return the words of a part of a rich message. `separator` joins the elements of a list."""
+    """Return the words in a part of a rich message. `separator` joins the elements of a list."""
     if isinstance(part, list):
-        # A list of blocks has dictionaries, a table has lists (its rows), a text has strings too.
+        # The elements are dictionaries (blocks), lists (a table's rows) or strings (plain text).
         return separator.join(read_rich(element, separator and " ") for element in part)
     if not isinstance(part, dict):
         return part if isinstance(part, str) else ""
@@ -2252,7 +2298,7 @@ def read_rich(part, separator=""):
 
 
 def read_text(message):
-    """Return the text of a message, None if it has none. Newer clients send lists and tables."""
+    """Return a message's text, or None. Newer clients send lists and tables as `rich_message`."""
     text = pick(message, "text", str)
     if text is None:
         text = clean(read_rich(pick(message, "rich_message", dict))) or None
@@ -2260,10 +2306,10 @@ def read_text(message):
 
 
 def read_update(bot_id, update):
-    """Return what Telegram sent as Heard. Odd fields count as missing, unknown ones not at all."""
+    """Return an update as a Heard. Malformed fields count as missing; unknown ones are ignored."""
     kind = next((kind for kind in Telegram.allowed_updates if pick(update, kind, dict)), None)
     event = pick(update, kind, dict) or {}
-    # A pressed button comes with the message that it is below.
+    # For a pressed button, `event` is the callback query, and holds the message with the button.
     message = pick(event, "message", dict) or event
     of_message = partial(pick, message)
     chat, replied = of_message("chat", dict), of_message("reply_to_message", dict)
@@ -2271,17 +2317,17 @@ def read_update(bot_id, update):
     is_bot, date = pick(sender, "is_bot", bool), of_message("date", int)
     text = read_text(message)
     entities = of_message("entities", list) or of_message("caption_entities", list) or ()
-    # Without "is_topic_message" it is a thread of replies.
+    # In a reply without "is_topic_message", the thread id is that of a thread of replies.
     is_topic = not replied or of_message("is_topic_message", bool)
     return Heard(
         chat=(bot_id, pick(chat, "id", int)),
-        # Two bots would answer each other for ever.
+        # Ignore another bot's text, or the two bots would answer each other for ever.
         text=None if is_bot else text,
         shown=show_links(text or of_message("caption", str) or "", entities),
         kind=kind,
         place=pick(chat, "type", str),
         update_id=update_id,
-        # A message without an id of its own is told apart by its update.
+        # A message without an id gets the negated update id, which equals no real message id.
         message_id=of_message("message_id", int) or -(update_id or 0),
         written_at=date if date and date > 0 else None,
         is_wordless=sender and not is_bot and text is None and SERVICE.isdisjoint(message),
@@ -2295,7 +2341,7 @@ def read_update(bot_id, update):
 
 
 def converse(db, heard):
-    """Let a text from a private chat take effect. Returns the bot's answer, or None.
+    """Process a text from a private chat. Returns the bot's answer, or None.
 
     A forwarded text is a quotation, never a command or a token.
     """
@@ -2325,7 +2371,7 @@ def converse(db, heard):
 
 
 def find_tokens(heard):
-    """Return what looks like a link token, anywhere in a text."""
+    """Return everything in a text that looks like a link token, whole words first."""
     return LINK_TOKEN.findall(heard.shown) + SHOWN_TOKEN.findall(heard.shown)[:SHOWN_TOKENS]
 
 
@@ -2348,7 +2394,7 @@ def use_token(db, heard, user):
 
 
 def note(db, heard, user):
-    """Make a text from a linked chat its user's message. Returns the bot's answer, or None."""
+    """Store a text from a linked chat as its user's message. Returns the bot's answer, or None."""
     if len(heard.shown) > MAX_TEXT:
         return TOO_LONG
     if not heard.shown.strip():
@@ -2376,9 +2422,10 @@ def note(db, heard, user):
 
 
 def show_links(text, entities):
-    """Return the text with the address of each link in brackets after its words, unless it shows.
+    """Return the text with the address of each link in brackets after the link's words.
 
-    Offsets count UTF-16 units (Bot API, MessageEntity).
+    An address that the text already shows is left out. Offsets count UTF-16 code units (Bot API,
+    MessageEntity).
     """
     units = text.encode("utf-16-le")
     links = []
@@ -2397,23 +2444,31 @@ def show_links(text, entities):
 
 
 def show_link(url, text):
-    """Return the address of a link in brackets, or "" if there is none or the text shows it."""
+    """Return a link's address in brackets, or "" if there is none or the text already shows it."""
     return f" ({url})" if url and url.split("://", 1)[-1].strip("/") not in text else ""
 
 
 def find_addressee(db, heard, user):
-    """Return (the user a text is for, the id of the message it answers), (None, …) if unknown."""
+    """Return (recipient of a text, id of the answered message or None).
+
+    The recipient is None if the text answers a message unknown to the user. A text that is no
+    answer goes to the user.
+    """
     if heard.number is not None:
         return find_other_user(db, heard.number, user["id"]), heard.number
     if relayed := find_relayed(db, heard.chat, heard.replied_id):
-        # None if the chat was another account's then.
+        # The user found is None if the chat was linked to another account at the time.
         return find_other_user(db, relayed["message_id"], user["id"]), relayed["message_id"]
-    # The bot may have forgotten what it wrote. The name there may be somebody else's by now.
+    # For a reply to a forgotten message of the bot, do not take the recipient from the name in the
+    # message: the name may belong to somebody else by now.
     return (None if heard.replies_to_bot else user), None
 
 
 def press(db, heard):
-    """Make a pressed button its user's answer, once. Returns what to tell the user, or None."""
+    """Store a pressed button as the user's answer to a question, only once.
+
+    Returns the text to show the user, or None if the answer was stored.
+    """
     user = find_chat_user(db, heard.chat)
     numbers = re.fullmatch("([0-9]{1,18}):([0-9])", heard.data or "")
     choice = user and numbers and find_choice(db, user["id"], *numbers.groups())
@@ -2427,15 +2482,15 @@ def press(db, heard):
 
 
 def hear(db, heard):
-    """Let a text from a private chat take effect, and queue the answer."""
+    """Process a text from a private chat, and queue the bot's answer."""
     if answer := converse(db, heard):
         queue_text(db, heard.chat, answer)
 
 
 def receive(heard):
-    """Do all that an update does, and store the offset after it, in one transaction.
+    """Process an update and store the next offset, in one transaction.
 
-    Returns what to tell the user who pressed a button, or None.
+    Returns the text to show the user after a pressed button, or None.
     """
     with transaction() as db:
         set_offset(db, heard.chat[0], heard.update_id + 1)
@@ -2453,7 +2508,7 @@ def receive(heard):
 
 
 def hear_once(db, heard):
-    """Take in a message from a private chat, unless it was heard before."""
+    """Handle a message from a private chat, unless the message was already handled."""
     chat, text = heard.chat, heard.text
     if text is None and not heard.is_wordless:
         return
@@ -2466,9 +2521,10 @@ def hear_once(db, heard):
 
 
 def overhear(db, heard):
-    """Take in what is said in a group or channel: a link token that others see is dead.
+    """Handle a message in a group or channel: revoke link tokens, since others can see them.
 
-    A group is told in the topic that linking is for private chats, once a month; a channel nothing.
+    In a group, the bot answers in the same topic: whenever a token was revoked, and once a month
+    that only private chats can be linked. In a channel the bot says nothing.
     """
     seen = [token for token in find_tokens(heard) if spend_link_token(db, token)]
     is_said = heard.kind == "message" and (heard.text or heard.is_wordless)
@@ -2481,9 +2537,10 @@ def overhear(db, heard):
 
 
 def receive_or_skip(bot_id, update):
-    """Receive an update, or skip it if it fails. Returns Heard and the answer to a pressed button.
+    """Receive an update, or skip the update if receiving fails.
 
-    Raises sqlite3.Error if the database fails: then the update is not skipped.
+    Returns (Heard, the text to show the user after a pressed button or None). Raises sqlite3.Error
+    if the database fails: then the update is not skipped.
     """
     heard = Heard((bot_id, None), update_id=pick(update, "update_id", int))
     try:
@@ -2500,10 +2557,10 @@ def receive_or_skip(bot_id, update):
 
 
 class TelegramError(Exception):
-    """A call to the Bot API failed. The text has no secrets.
+    """Report a failed call to the Bot API. The text has no secrets.
 
-    `code` is Telegram's error_code, None for no (sensible) answer; `retry_after` is how many
-    seconds it told us to wait, or None.
+    `code` is Telegram's error_code, or None without a sensible answer. `retry_after` is how many
+    seconds Telegram told us to wait, or None.
     """
 
     def __init__(self, code, description, retry_after=None):
@@ -2520,7 +2577,7 @@ WHAT_MENDS = {
 
 
 def name_failure(error):
-    """Return why a call failed: the system's words, which hold nothing of its URL."""
+    """Return why a call failed, without the exception's text: the text may quote the URL."""
     kind = type(error).__name__
     while cause := error.__cause__ or error.__context__:
         error = cause
@@ -2528,7 +2585,7 @@ def name_failure(error):
     return f"{reason}, {kind}{WHAT_MENDS.get(kind, '')}"
 
 
-# Descriptions of a 400 that blames the text, its entities or its buttons.
+# Matches Telegram's description of a 400 if the cause is the text, an entity or a button.
 TEXT_IS_REFUSED = re.compile(
     "text (is|must)|message.(is.)?(empty|too.long)|utf-8|entit|button|keyboard|markup", re.I
 )
@@ -2536,9 +2593,9 @@ create_connection = urllib3.util.connection.create_connection
 
 
 class Telegram(Home):
-    """The bot's home where people meet it: long polling in, sendMessage out.
+    """Connect the bot to Telegram: receive by long polling, send by sendMessage.
 
-    One a process, as telebot's settings are.
+    A process can have only one instance, because telebot's settings are global.
     """
 
     greeting = "bot: on Telegram, not reached yet"
@@ -2549,13 +2606,16 @@ class Telegram(Home):
     def __init__(self, token, api_url):
         bot_id, _, self.secret = token.partition(":")
         self.id, self.token = int(bot_id), token
-        self.refusal = None  # error_code of Telegram's, while it refuses the bot
+        self.refusal = None  # Telegram's error_code while Telegram refuses the bot
         self.started = ticks()
-        self.failures = 0  # calls of run() that failed in a row
-        self.is_away = False  # not only one call has failed
-        self.webhook_until = -1  # in ticks, for how long health names it; 0: one was deleted
+        self.failures = 0  # failed calls in a row, counted by run()
+        # True after OUTAGE_FAILURES failed calls in a row, or one before Telegram's first answer.
+        self.is_away = False
+        # -1: no webhook found. 0: a webhook was deleted. Otherwise: until when, in ticks(), the
+        # health route reports that another program sets webhooks.
+        self.webhook_until = -1
         self.presses = threading.Semaphore(PRESSES_AT_ONCE)
-        # The address may have been copied with the words that are put behind it.
+        # Remove an ending such as "/bot<token>/getMe", copied by the operator with the address.
         api_url = re.sub(r"((?<![:/])/+bot(\d+:.*|[<{$].*)?)?/*$", "", api_url)
         apihelper.API_URL = api_url + "/bot{0}/{1}"
         apihelper.CUSTOM_REQUEST_SENDER = self.request
@@ -2563,15 +2623,15 @@ class Telegram(Home):
         urllib3.util.connection.create_connection = self.connect
 
     def is_well(self):
-        """Whether Telegram has answered lately, and takes the token."""
+        """Return whether Telegram accepts the bot and was silent for at most SILENT_SECONDS."""
         silent = ticks() - (self.answered or self.started)
         return not self.refusal and silent <= SILENT_SECONDS
 
     @staticmethod
     def connect(*args, **kwargs):
-        """Connect as urllib3 does. Once IPv6 has swallowed what IPv4 delivers, try IPv4 alone.
+        """Connect as urllib3 does. Once IPv6 has timed out where IPv4 works, use only IPv4.
 
-        Otherwise each new connection would wait for IPv6.
+        Otherwise each new connection would first wait for the timeout of IPv6.
         """
         began_at = time.monotonic()
         sock = create_connection(*args, **kwargs)
@@ -2580,9 +2640,10 @@ class Telegram(Home):
         return sock
 
     def request(self, method, url, params, files, timeout, proxies):
-        """Send telebot's requests. Raises TelegramError.
+        """Send a request for telebot. Returns the response. Raises TelegramError.
 
-        Texts go in the body, and an error names only its kind: the URL holds the bot's token.
+        Texts go into the body, since servers refuse very long URLs. Errors never quote the URL,
+        since the URL holds the bot's token.
         """
         arguments = {"data": params} if method == "post" else {"params": params}
         session, failure = apihelper._get_req_session(), None
@@ -2593,8 +2654,8 @@ class Telegram(Home):
             failure = name_failure(error)
         if failure:
             urllib3.util.connection.HAS_IPV6 = socket.has_ipv6
-            # What is left of the connection is not to be trusted. Raised here and not above: the
-            # URL would be in its __context__.
+            # Drop the connection, since it may be broken. Raise only here: an error raised inside
+            # `except` would keep the URL in its __context__.
             apihelper._get_req_session(reset=True)
             host = urllib.parse.urlsplit(url).hostname
             raise TelegramError(None, f"Telegram cannot be reached at {host}: {failure}")
@@ -2602,7 +2663,7 @@ class Telegram(Home):
         return answer
 
     def check(self, response):
-        """Raise TelegramError when the call has failed, or the answer makes no sense."""
+        """Raise TelegramError if a call failed or the answer makes no sense."""
         try:
             answer = response.json()
         except ValueError:
@@ -2612,10 +2673,10 @@ class Telegram(Home):
         description = pick(answer, "description", str)
         if description is None:
             description = f"Telegram answered {response.status_code}, which makes no sense"
-        # Whatever is quoted, without the token: whole, or its secret half.
+        # The description may quote the token, or only the secret half: hide the secret half.
         description = description.replace(self.secret, "…")
         parameters = pick(answer, "parameters", dict)
-        # It may be a string, or stand in the description alone.
+        # "retry_after" may be a string, or missing and only mentioned in the description.
         said = f"retry after {pick(parameters, 'retry_after', str)} {description}"
         told = re.search(r"retry after (\d{1,9})\b", said, re.I)
         wait = pick(parameters, "retry_after", int, float) or int(told[1] if told else 0)
@@ -2624,9 +2685,10 @@ class Telegram(Home):
         )
 
     def send(self, delivery):
-        """Send a text as it is. Telegram's id of the message, or None where it makes no sense.
+        """Send a delivery as plain text, without parse_mode.
 
-        Raises NotSent.
+        Returns Telegram's id of the message, or None if the answer holds no valid id. Raises
+        NotSent.
         """
         reply = keyboard = None
         if delivery["replied_id"]:
@@ -2660,7 +2722,10 @@ class Telegram(Home):
         return pick(sent, "message_id", int)
 
     def introduce(self):
-        """Learn the bot's name, for the operator and for t.me links."""
+        """Get the bot's name, for the operator and for t.me links, and set the bot's menu.
+
+        Raises TelegramError if the name cannot be had.
+        """
         username = pick(apihelper.get_me(self.token), "username", str)
         if not username:
             raise TelegramError(None, "Telegram's answer makes no sense (the bot has no name)")
@@ -2673,11 +2738,11 @@ class Telegram(Home):
             log.info(f"Telegram's menu does not show the commands: {error}")
 
     def poll(self):
-        """Fetch one batch and take each update in.
+        """Fetch one batch of updates and receive each. Returns False if the caller has to pause.
 
-        Waits LONG_POLL_SECONDS for it, 1 s after a failure, to notice soon that Telegram is back.
-        False when the answer came at once and brought nothing new: the caller pauses, not to hammer
-        the server.
+        The long poll lasts LONG_POLL_SECONDS, but after a failure only 1 s, to notice soon that
+        Telegram is back. A pause is needed after an answer that came at once and brought nothing
+        new: polling on would hammer the server.
         """
         started_at = time.monotonic()
         offset = find_offset(connection(), self.id)
@@ -2702,9 +2767,9 @@ class Telegram(Home):
         return is_new or time.monotonic() - started_at > 1
 
     def answer_press(self, heard, said):
-        """Tell the user who pressed a button that it was noticed; the buttons go, unless too late.
+        """Answer a pressed button with the text `said`. If `said` is None, also remove the buttons.
 
-        In a thread of its own: the call may hang.
+        Runs in a thread of its own, because a call may hang.
         """
         calls = [(apihelper.answer_callback_query, heard.query_id, said)]
         if said is None:
@@ -2717,7 +2782,7 @@ class Telegram(Home):
         self.presses.release()
 
     def note_failure(self, error):
-        """Tell the operator what a failed poll means. What mends it, or None."""
+        """Explain a failed poll to the operator. Returns a call that mends the failure, or None."""
         if error.code == 409 and "webhook" in str(error).lower():
             log.warning("this bot has a webhook, which keeps it from polling: deleting it")
             if self.webhook_until >= 0:
@@ -2739,7 +2804,7 @@ class Telegram(Home):
         return None
 
     def run(self, stop):
-        """Poll until told to stop; when Telegram comes back, so do the deliveries."""
+        """Poll until `stop` is set. After an outage, retry failed deliveries at once."""
         step = self.introduce
         while not stop.is_set():
             pause = 0
@@ -2750,7 +2815,8 @@ class Telegram(Home):
                     log.warning("Telegram answers again")
                     turns.hurry()
                 if self.refusal != 409 or not (self.failures or ticks() < self.webhook_until):
-                    # One call in two succeeds while another process polls.
+                    # While another process polls, every second call succeeds: only a second
+                    # success in a row clears a 409.
                     self.error = self.refusal = None
                 step, self.failures, self.answered = self.poll, 0, ticks()
                 self.is_away = False
@@ -2769,9 +2835,9 @@ class Telegram(Home):
 
 
 class Terminal(Home):
-    """The bot's home on a bare machine.
+    """Connect the bot to the terminal, if there is no Telegram token.
 
-    Lines typed are what a Telegram user would write, and what the bot says is printed.
+    A typed line counts as a message from a Telegram user. The bot's messages are printed.
     """
 
     id, name = 0, "terminal"
@@ -2780,13 +2846,13 @@ class Terminal(Home):
     )
 
     def send(self, delivery):
-        """Print a text, without control characters, which could play tricks on the terminal.
+        """Print a delivery. Control characters are replaced: some could manipulate the terminal.
 
-        Raises NotSent.
+        Raises NotSent if printing fails.
         """
         text = delivery["text"]
         if delivery["message_id"]:
-            # Which `#17 ` at the start of a line answers.
+            # Show the id: a typed line that begins with "#17 " answers message 17.
             text = f"#{delivery['message_id']}\n{text}"
         for choice in json.loads(delivery["choices"] or "[]"):
             text += f"\n[{choice}]"
@@ -2797,7 +2863,10 @@ class Terminal(Home):
             raise NotSent(f"the terminal is gone: {error.strerror}") from None
 
     def run(self, stop):
-        """Read lines until they end, or told to stop; without a terminal the bot only speaks."""
+        """Read typed lines until standard input ends or `stop` is set.
+
+        Without standard input, the bot still prints messages but receives none.
+        """
         stdin = sys.stdin and sys.stdin.buffer
         while not stop.is_set():
             line = None
@@ -2805,7 +2874,7 @@ class Terminal(Home):
                 line = stdin and stdin.readline()
             except OSError:
                 if stdin.isatty():
-                    # In the background of a shell there is nothing to read, but may be again.
+                    # A shell's background job cannot read, but may come to the foreground again.
                     stop.wait(1)
                     continue
             if not line:
@@ -2817,9 +2886,9 @@ class Terminal(Home):
             self.hear(line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def hear(self, text):
-        """Take in one typed line."""
+        """Handle one typed line."""
         numbered = re.fullmatch("#0*([0-9]+) +(.*)", text)
-        # No id is as long as what is cut.
+        # Cut a number that is too large for SQLite: no real id has more than 18 digits.
         number = int(numbered[1][:18]) if numbered else None
         text = clean(numbered[2] if numbered else text)
         if text.strip():
@@ -2827,35 +2896,39 @@ class Terminal(Home):
 
 
 class running:
-    """What main() has started; tests set it too."""
+    """Hold the transport in use. main() sets `home`, and so do tests."""
 
     home = Terminal()
 
 
 # --- Page -----------------------------------------------------------------------------------------
-# What GET / answers: one self-contained document, a chat made of requests to the API. Its
-# Content-Security-Policy lets its own style and script through, no others.
+# GET / answers with one self-contained document, a chat that uses the API. The
+# Content-Security-Policy allows the style and the script of the document, and no others.
 #
-# The state of its script, in the order of its lines:
-# - session: {id, username, refresh, access} of the signed-in user, or {}. It ends with the tab.
-# - drafts: {address: {text, send_at, reply_to, key}}, what is written in each conversation. An
-#   address is the page's own: "#with=bob". The key is the message's Idempotency-Key: it stays until
-#   the message is sent or changed, so that a message whose answer was lost is stored once.
-# - read: {address: the last id that was read there}; start: the same of other conversations. It
-#   outlives the tab, until the user logs out.
-# - known: the messages of which the list of conversations is made, the latest last.
-# - open, other: the address of the open conversation and the user it is with, "" if none is open.
-# - etag: of what is known. With it the next request waits for news.
-# - waiting: ends that request, or a pause.
+# The variables of the script, in the order of declaration:
+# - session: {id, username, refresh, access} of the signed-in user, or {}. Ends with the tab.
+# - drafts: {address: {text, send_at, reply_to, key}}, the unsent message of each conversation. An
+#   address is the page's own, such as "#with=bob". The key is the message's Idempotency-Key, kept
+#   until the message is sent or changed: if the answer is lost and the user sends again, the server
+#   stores the message only once.
+# - read: {address: id of the last message that was read}. read.start is the newest id when the user
+#   first came, and stands for conversations without an entry. Kept in localStorage until log-out.
+# - known: the messages that make the list of conversations, the latest last.
+# - open, other: the address of the open conversation, and the name of the other user, or "" if no
+#   conversation is open.
+# - etag: the ETag of the last list of news, undefined if more news may follow at once. With an
+#   ETag, the next request is a long poll.
+# - waiting: the AbortController that ends the long poll, or a pause between two requests.
 #
-# watch() runs as long as somebody is signed in. Each of its rounds is listNews(): it waits for
-# news, shows the list of conversations with showPeople(), and the open one with refresh(). That
-# adds messages that are new; draw() draws each message whose looks have changed. After a 304 it
-# pauses, since a server for which too many wait answers at once. A hidden tab asks seldom, unless
-# it may notify: browsers allow six connections.
+# watch() calls listNews() in a loop while a user is signed in. listNews() waits for news, then
+# updates the list of conversations by showPeople() and the open conversation by refresh().
+# refresh() adds new messages, and draw() redraws each message that has changed. After a 304,
+# listNews() pauses, because a server with too many waiting requests answers at once. A hidden tab
+# without permission for notifications asks only once a minute: browsers allow six connections to a
+# server, and each long poll takes one.
 #
-# A press of a button calls the function of the button's name in DO, one at a time, and shows the
-# message of the error that it throws.
+# press() calls the function in DO that has the name of the clicked button, one at a time, and shows
+# the message of an error thrown by the function.
 
 PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>FactoryApp</title>
 <meta name="viewport" content="width=device-width, interactive-widget=resizes-content">
@@ -3241,9 +3314,9 @@ if (session.access) {
 
 
 def csp_hash(element):
-    """The Content-Security-Policy source that allows the page's one inline style or script.
+    """Return the Content-Security-Policy source that allows the page's inline style or script.
 
-    CSP level 2, hash sources.
+    `element` is "style" or "script"; the page has one of each. See CSP level 2, hash sources.
     """
     text = re.search(f"<{element}>(.*?)</{element}>", PAGE, re.DOTALL)[1]
     return f"'sha256-{base64.b64encode(sha256(text)).decode()}'"
@@ -3261,23 +3334,23 @@ PAGE_HEADERS = {
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
-# The app, what it refuses with, the one door for errors, sign-in, fields, pages.
+# The app, its error answers, sign-in, fields, bodies, and lists with their pages.
 
 app = Bottle()
-# Bottle's own plugins: routes answer through ours.
+# Remove Bottle's own plugins: serve_declared() turns the results of routes into answers.
 app.uninstall(True)
-# Windows PowerShell 5.1 and others would read Latin-1.
+# Without a charset, Windows PowerShell 5.1 and other clients would read Latin-1.
 response.default_content_type = "application/json; charset=utf-8"
-# Bodies stay in memory: Bottle would keep longer ones in temporary files.
+# Keep bodies in memory: Bottle writes bodies longer than MEMFILE_MAX to temporary files.
 type(request).MEMFILE_MAX = MAX_MESSAGE_BODY_BYTES
 
 
 def coded(detail, code="token_not_valid"):
-    """What simplejwt refuses a token with."""
+    """Return the JSON body of a refused token, in simplejwt's format."""
     return {"detail": detail, "code": code}
 
 
-# Refusals are in simplejwt's and Django REST framework's words.
+# Refusals are worded like those of simplejwt and Django REST framework.
 NAME_TAKEN = {"username": ["A user with that username already exists."]}
 PASSWORD_CHANGED = coded("The user's password has been changed.", "password_changed")
 PUBLIC_DETAILS = {
@@ -3289,18 +3362,19 @@ PUBLIC_DETAILS = {
 
 
 def refusal(status, detail, **headers):
-    """An answer that says what is wrong in one sentence."""
+    """Return an HTTPError with a JSON body of one sentence: {"detail": …}."""
     return HTTPError(status, {"detail": detail}, **headers)
 
 
 def refuse_for(wait):
-    """Refuse the request for so many seconds, if any. Raises HTTPError 429."""
+    """Raise HTTPError 429 unless `wait`, the seconds until the client may try again, is 0."""
     if wait:
         detail = f"Request was throttled. Expected available in {wait} seconds."
         raise refusal(429, detail, Retry_After=str(wait))
 
 
-# Another one at each start: a database that was restored counts changes anew.
+# Part of every ETag, random at each start. A restored database counts changes from an older number,
+# so without STARTED an old ETag could match new content.
 STARTED = secrets.token_hex(4)
 
 
@@ -3310,15 +3384,16 @@ def encode_json(value):
 
 @app.hook("before_request")
 def check_request():
-    """Refuse what no route is to see. Raises HTTPError 400, 403.
+    """Refuse requests that no route should see. Raises HTTPError 400 or 403.
 
-    /api/users is served as /api/users/: the original redirected, which lost the body of a POST.
+    Add a missing slash at the end of the path: /api/users is served as /api/users/. The original
+    redirected instead, and the body of a POST was lost.
     """
     environ = request.environ
-    # Bottle leaves out bytes that are not UTF-8.
+    # Bottle drops bytes that are not UTF-8, so the request could reach the route of another path.
     if environ["PATH_INFO"].encode() != environ["bottle.raw_path"].encode("latin-1"):
         raise refusal(400, "The path is not UTF-8.")
-    # What browsers let any page elsewhere send without asking.
+    # A browser lets a page of any other site send a POST, such as a form, without a CORS preflight.
     is_foreign = environ.get("HTTP_SEC_FETCH_SITE") == "cross-site"
     if is_foreign and environ["REQUEST_METHOD"] == "POST":
         raise refusal(403, "Another site sent this: use the page here, or a program.")
@@ -3327,19 +3402,19 @@ def check_request():
 
 
 class Declared:
-    """What a route's decorators say of it: obeyed by serve_declared(), described by OpenAPI."""
+    """Hold the declarations of a route, for serve_declared() to obey and for OpenAPI to show."""
 
-    pool = None  # name of the worker pool that serves it, None: a round
-    sign_in = staticmethod(lambda: None)  # require_user, require_login or may_register
-    query = {}  # name: field
-    body = {}  # name: field
+    pool = None  # name of the worker pool that serves the route, None for a round
+    sign_in = staticmethod(lambda: None)  # or require_user, require_login, may_register
+    query = {}  # {name: Field}
+    body = {}  # {name: Field}
     max_body_bytes = MAX_BODY_BYTES
-    plain = None  # the field that a text/plain is, with the others in the query string
-    headers = {}  # name: JSON schema
-    status = 200  # when all went well
-    schema = None  # JSON schema of that answer, None: it has no body
-    answer_headers = ()  # names, of that answer
-    refusals = {500, 503}  # statuses; 400 is for any
+    plain = None  # field for a text/plain body; the other fields are in the query string
+    headers = {}  # {name: JSON schema} of the request's headers
+    status = 200  # of a success
+    schema = None  # JSON schema of the answer to a success, or None: no body
+    answer_headers = ()  # names of headers in the answer to a success
+    refusals = {500, 503}  # error statuses of the route, besides 400, which all routes may answer
 
 
 def declared(route):
@@ -3347,7 +3422,7 @@ def declared(route):
 
 
 def declare(*refusals, **what):
-    """A decorator that notes this of its route, and with which statuses it may refuse."""
+    """Return a decorator that sets attributes of a route's Declared and adds error statuses."""
 
     def note_of(route):
         route.declared = said = declared(route)
@@ -3358,45 +3433,50 @@ def declare(*refusals, **what):
 
 
 def waits(pool):
-    """Declare that a worker pool serves the route: it would hold up everybody."""
+    """Declare that a worker pool serves the route: in a round, a slow route delays all clients."""
     return declare(pool=pool)
 
 
 def asks(**fields):
-    """The route gets these fields of the query string."""
+    """Declare fields of the query string, passed to the route by name."""
     return declare(query=fields)
 
 
 def takes(**fields):
-    """The route gets these fields of the body."""
+    """Declare fields of the request's body, passed to the route by name."""
     return declare(403, 413, 415, body=fields)
 
 
 def answers(status, schema, *refusals):
-    """The route answers so when all goes well, and may refuse with these statuses."""
+    """Declare the status and JSON schema of a success, and the error statuses of the route."""
     return declare(*refusals, status=status, schema=schema)
 
 
 class WaitForNews(BaseException):
-    """The request waits, to be served again from its beginning: (user, until when, in ticks).
+    """Stop serving a request until its user has news or the time is up; then the request is re-run.
 
-    When something of the user's has changed, or its time is over. No error, as Elsewhere.
+    The arguments are the user and the end of the waiting, in ticks(). Not an Exception, for the
+    same reason as Elsewhere.
     """
 
 
 class Elsewhere(BaseException):
-    """The worker pool of this name is to serve the request. Nothing of it has taken effect.
+    """Hand a request over to a worker pool, before the request has had any effect.
 
-    No error, and so no Exception: it has to pass everybody who catches those.
+    The argument is the pool's name. Not an Exception, so that no `except Exception` between the
+    route and the server catches it.
     """
 
 
-# In place of a pool: the round could not begin, and each of its requests goes to a pool.
+# Replaces the pool's name if a round's transaction could not begin: its routes then run in pools.
 NO_ROUND = ""
 
 
 def leave_round(pool):
-    """Go on in this pool, where the request begins anew. Raises Elsewhere in any other place."""
+    """Return if the request runs in this worker pool.
+
+    Raises Elsewhere in any other place, and the pool re-runs the request.
+    """
     if local.answer.pool != pool:
         raise Elsewhere(pool)
 
@@ -3406,7 +3486,7 @@ def call(route, user, values):
 
 
 def run(said, route, values):
-    """Sign in, read what was sent, and call the route. Returns what it returns."""
+    """Sign in, read the declared fields, and call the route. Returns the route's result."""
     user = said.sign_in()
     if said.query:
         values |= read_fields(said.query, request.query if request.query_string else {})
@@ -3414,15 +3494,17 @@ def run(said, route, values):
         values |= read_fields(said.body, read_body(said), user)
     if local.answer.pool != "patient":
         return call(route, user, values)
-    # As in a round: what the request signed in with may have ended while it waited for others.
+    # As in a round, sign in within the transaction: the token or key may have ended while the
+    # transaction waited for other writers.
     with transaction():
         return call(route, said.sign_in(), values)
 
 
 def serve_declared(route):
-    """Bottle plugin: what a route declares, in the original's order; then the route itself.
+    """Wrap a route so that its declarations are obeyed first, in the original's order.
 
-    What it returns goes out as JSON, what it fails with goes to the log.
+    A Bottle plugin. The wrapper returns a dict or list as JSON. It logs an exception of the route
+    and raises HTTPError 500, or 503 if the database fails.
     """
     said = declared(route)
 
@@ -3451,7 +3533,7 @@ app.install(serve_declared)
 
 
 def answer_error(error):
-    """The one door for errors, Bottle's own included: JSON, worded as the original does."""
+    """Return the JSON body of any HTTPError, including Bottle's own, worded as in the original."""
     if error.status_code == 405:
         error = answer_wrong_method(error)
         error.apply(response)
@@ -3472,9 +3554,10 @@ app.default_error_handler = answer_error
 
 
 def answer_wrong_method(error):
-    """What a method is answered that the path does not have: 405; OPTIONS gets 204.
+    """Return the answer to a method that the path does not have: 405, or 204 for OPTIONS.
 
-    Where a sign-in is needed it is asked for first, as the original does.
+    The route's sign-in comes before the 405, as in the original: if the sign-in fails, the answer
+    is its refusal, or 503 if the database fails.
     """
     methods = error.get_header("Allow").split(",")
     if "GET" in methods:
@@ -3493,9 +3576,9 @@ def answer_wrong_method(error):
 
 
 def read_address(text):
-    """The IP address that a proxy, or the socket, spells so. Raises ValueError.
+    """Return the IP address in a text from a proxy or the socket. Raises ValueError.
 
-    "192.0.2.1:80", "[2001:db8::1]:443"; "::ffff:192.0.2.1" is 192.0.2.1.
+    A port is dropped: "192.0.2.1:80", "[2001:db8::1]:443". "::ffff:192.0.2.1" becomes 192.0.2.1.
     """
     with_port = re.fullmatch(r"\[(.*)\](?::\d+)?|([\d.]+):\d+", text)
     address = ipaddress.ip_address((with_port[1] or with_port[2]) if with_port else text)
@@ -3507,7 +3590,7 @@ def is_trusted(address):
 
 
 def forwarded(name):
-    """Yield what a trusted proxy says in this header, X-Forwarded-…; of others nothing."""
+    """Yield the values of the header X-Forwarded-{name}, or nothing without a trusted proxy."""
     if is_trusted(request.environ["REMOTE_ADDR"]):
         for said in request.environ.get(f"HTTP_X_FORWARDED_{name}", "").split(","):
             if said := said.strip(' "'):
@@ -3515,9 +3598,10 @@ def forwarded(name):
 
 
 def client_address():
-    """The client's IP address: the connection's or, from a trusted proxy, the one it names.
+    """Return the client's IP address: the connection's, or one that a trusted proxy forwarded.
 
-    Of several, the last that is not a trusted proxy's own: who says it is trusted.
+    Read X-Forwarded-For from its end, up to the first address that is not a trusted proxy's: a
+    trusted proxy added that address, but the client may have invented the earlier ones.
     """
     address = request.environ["REMOTE_ADDR"]
     try:
@@ -3531,22 +3615,25 @@ def client_address():
 
 
 def limiter_key():
-    """Return the client's address as limits count it: who has one in an IPv6 /64 has them all."""
+    """Return the client's key for rate limits: the IPv4 address, or the /64 of the IPv6 address.
+
+    A client with one address of a /64 can use all addresses of the /64.
+    """
     address = read_address(client_address())
     return int(address) >> 64 if address.version == 6 else str(address)
 
 
 @cache
 def warn_of_unreadable_address():
-    """Once is enough."""
+    """Log that X-Forwarded-For is unreadable. @cache: log it once, not for each request."""
     said = request.environ.get("HTTP_X_FORWARDED_FOR")
     log.warning(f"no address is in X-Forwarded-For: {said!r}; its clients count as one")
 
 
 def sign_in():
-    """The user that the Authorization header names, None without one.
+    """Return the user of the Authorization header, or None without a header of the scheme Bearer.
 
-    Raises HTTPError 401 as simplejwt does.
+    The header holds a JWT or an API key. Raises HTTPError 401, worded as in simplejwt.
     """
     scheme, *rest = request.environ.get("HTTP_AUTHORIZATION", "").split() or [""]
     if scheme.lower() != "bearer":
@@ -3566,7 +3653,7 @@ def sign_in():
 
 
 def token_user(claims):
-    """Return the user a JWT's claims name, or None if there is no such user (any more).
+    """Return the user named by a JWT's claims, or None if there is no such user (any more).
 
     Raises HTTPError 401 if the password was changed after the JWT was issued.
     """
@@ -3578,7 +3665,7 @@ def token_user(claims):
 
 
 def sign_in_by_token(token):
-    """The user of an access token. Raises TokenError, HTTPError 401."""
+    """Return the user of an access token. Raises TokenError or HTTPError 401."""
     claims = read_token(token, "access")
     if "user_id" not in claims:
         raise HTTPError(401, coded("Token contained no recognizable user identification"))
@@ -3589,7 +3676,7 @@ def sign_in_by_token(token):
 
 
 def sign_in_by_key(key):
-    """The user of an API key. Raises TokenError."""
+    """Return the user of an API key. Raises TokenError if the key is unknown or has expired."""
     user, at = find_key_user(connection(), key), iso(now())
     if user is None or (user["expires_at"] or "never") <= at:
         raise TokenError("Token is invalid")
@@ -3599,7 +3686,7 @@ def sign_in_by_key(key):
 
 
 def require_user():
-    """The signed-in user. Raises HTTPError 401 when there is none."""
+    """Return the signed-in user. Raises HTTPError 401 when nobody is signed in."""
     user = sign_in()
     if user is None:
         raise refusal(401, "Authentication credentials were not provided.")
@@ -3607,7 +3694,7 @@ def require_user():
 
 
 def require_login():
-    """The signed-in user. Raises HTTPError 401, and 403 for an API key."""
+    """Return the signed-in user. Raises HTTPError 401 without one, and 403 for an API key."""
     user = require_user()
     if "key_id" in user.keys():
         raise refusal(403, "An API key cannot do this: log in.")
@@ -3615,27 +3702,34 @@ def require_login():
 
 
 def may_register():
-    """Refuse wrong tokens too. Raises HTTPError 403 whatever is sent while nobody may, 429."""
+    """Let anybody register, signed in or not, within the rate limit.
+
+    Raises HTTPError 403 while registration is closed, whatever is sent; else 401 for a wrong token,
+    and 429 after too many tries from the client's address.
+    """
     if settings.registration == "closed":
         raise refusal(403, "Registration is closed: ask whoever runs this server.")
     sign_in()
     refuse_for(registration_limiter.try_once({limiter_key(): REGISTRATIONS_PER_ADDRESS}))
 
 
-# The route gets the signed-in user first.
+# Requires a token or an API key. The route's first argument is the signed-in user.
 signed_in = declare(401, sign_in=require_user)
-# With a password, not by a key.
+# As signed_in, but requires a login with a password: API keys are refused.
 logged_in = declare(401, 403, sign_in=require_login)
-# Anybody may call the route while it is open, but not with a wrong token.
+# Requires no sign-in while registration is open, but refuses a wrong token.
 open_to_anybody = declare(401, 403, 429, sign_in=may_register)
 
 
 class Refused(ValueError):
-    """What was sent is not what a field takes; the arguments are sentences for the client."""
+    """Refuse the value of a field. The arguments are sentences for the client."""
 
 
 class Field:
-    """What a request may send under a name. `schema` is its JSON schema, which OpenAPI shows."""
+    """Describe a value that a request may send. `schema` is the JSON schema that OpenAPI shows.
+
+    A subclass has read(), which returns the checked value for the route, or raises Refused.
+    """
 
     type = "string"
     required = False
@@ -3645,10 +3739,11 @@ class Field:
 
 
 class Text(Field):
-    """A text: what is taken, and Django REST framework's wording of what is not."""
+    """Accept a text, or refuse it in the words of Django REST framework."""
 
     required = True
-    # Not blank. JSON schema knows \s and \w of ASCII alone.
+    # Not blank, and without NUL. The pattern lists \u001c-\u001f and \u0085 because str.strip()
+    # removes them as white space, but \s in a JSON schema does not match them.
     pattern = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
     def __init__(self, tidy=str, **schema):
@@ -3656,7 +3751,10 @@ class Text(Field):
         self.tidy = tidy
 
     def read(self, value, username=None):
-        """The text that was sent, by this user if that is known. Raises Refused."""
+        """Return the text after tidy(). Raises Refused.
+
+        `username` is the name of the account, if known: a password must not resemble the name.
+        """
         if type(value) not in (str, int, float):
             raise Refused("Not a valid string.")
         text = self.tidy(str(value))
@@ -3681,8 +3779,9 @@ class OptionalText(Text):
 
 
 class NewUsername(Text):
-    """A username that nobody can take for another's."""
+    """Accept a username, unless people could mistake it for another one."""
 
+    # In a JSON schema, \w matches ASCII only: the second half admits all other characters.
     pattern = r"^([\w.@+-]|[^\u0000-\u007f])+$"
 
     def errors_of(self, text, username):
@@ -3697,20 +3796,20 @@ class NewUsername(Text):
         words = {word for c in text[:MAX_USERNAME] for word in unicodedata.name(c, "").split()}
         if len(words & {"LATIN", "CYRILLIC", "GREEK"}) > 1:
             yield "Enter a valid username. This value mixes letters of two alphabets."
-        # Letters to Unicode, though nothing is seen of them.
+        # Unicode counts these characters as letters, so \w matches them, but they are invisible.
         if re.search("[\u115f\u1160\U00013441\U00013442]", text):
             yield "Enter a valid username. This value holds letters that cannot be seen."
 
 
 class NewPassword(Text):
-    """A password to be set, which has to be hard enough to guess."""
+    """Accept a new password, unless it is too easy to guess."""
 
-    # Not of digits alone.
+    # Not only digits and white space, and without NUL.
     pattern = r"^[^\u0000]*[^\d\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
 
     @staticmethod
     def core(text):
-        """What is left of a text without case, and digits at its ends."""
+        """Return a text case-folded and without digits at its ends, or unchanged if only digits."""
         return fold(text).strip("0123456789") or text
 
     def errors_of(self, text, username):
@@ -3729,7 +3828,7 @@ class NewPassword(Text):
 
 
 class Choice(Field):
-    """One of some words."""
+    """Accept a word of the schema's enum."""
 
     def read(self, value, username=None):
         if value not in self.schema["enum"]:
@@ -3738,7 +3837,7 @@ class Choice(Field):
 
 
 class Flag(Field):
-    """Yes or no, in all of Django REST framework's spellings."""
+    """Accept yes or no, in every spelling that Django REST framework accepts."""
 
     type = "boolean"
     yes, no = "true t yes y on 1 1.0".split(), "false f no n off 0 0.0".split()
@@ -3751,7 +3850,7 @@ class Flag(Field):
 
 
 class Moment(Field):
-    """A time in ISO 8601 from so many seconds ahead to so many. Read as seconds since 1970."""
+    """Accept a time in ISO 8601, `least` to `most` seconds from now; read as seconds since 1970."""
 
     def __init__(self, least=-math.inf, most=math.inf, **schema):
         super().__init__(format="date-time", **schema)
@@ -3759,13 +3858,13 @@ class Moment(Field):
 
     def read(self, value, username=None):
         try:
-            # In a form, "+" arrives as a blank.
+            # In a form, an unescaped "+" of a time zone is decoded as a space.
             moment = datetime.fromisoformat(str(value).upper().replace(" ", "+"))
             if not moment.tzinfo:
                 raise ValueError
             seconds = moment.timestamp()
             if seconds > now():
-                # Raises where the year is none in UTC.
+                # Raises ValueError if the time falls into the year 10000 in UTC.
                 iso(seconds)
         except (ValueError, OverflowError):
             raise Refused(
@@ -3780,7 +3879,7 @@ class Moment(Field):
 
 
 class Number(Field):
-    """An integer, of a query string too. It may be written as 3.0, as in the original."""
+    """Accept an integer, or text that spells an integer; 3.0 is accepted, as in the original."""
 
     type = "integer"
 
@@ -3799,7 +3898,11 @@ class Number(Field):
 
 
 class Several(Field):
-    """A list of different texts. Where one alone will do, what stands twice counts once."""
+    """Accept a list of different texts.
+
+    If one text is enough, a text without a list is accepted too, and repeated texts count once.
+    Otherwise repeated texts are refused.
+    """
 
     def __init__(self, item, least, most, **schema):
         self.item, self.least, self.most = item, least, most
@@ -3812,7 +3915,7 @@ class Several(Field):
             if self.least == 1:
                 return self.item.read(value)
             raise Refused("Expected a list of items.")
-        # No more are read: there may be 100,000, and each takes its time.
+        # Read no more items: a body may hold 100,000, and reading each takes time.
         longest = 2 * self.most
         texts = list(dict.fromkeys(map(self.item.read, value[:longest])))
         is_repeated = self.least > 1 and len(texts) < len(value)
@@ -3822,19 +3925,19 @@ class Several(Field):
 
 
 def tidy_choice(text):
-    """The text of a button: trimmed, "" if nothing of it can be seen."""
+    """Return the text of a button, trimmed, or "" if the whole text is invisible."""
     return "" if NOTHING.fullmatch(text) else text.strip()
 
 
 def tidy_username(name):
-    """The one spelling of a username: trimmed, NFKC."""
+    """Return the canonical form of a username: trimmed, NFKC."""
     return normalize("NFKC", name.strip(), MAX_USERNAME)
 
 
 def read_fields(fields, sent, user=None):
-    """The values of declared fields, None for an optional one that is not given.
+    """Return {name: value} of the declared fields. An optional field that was not sent is None.
 
-    Raises HTTPError 400 that names all that are wrong.
+    Raises HTTPError 400, with the errors of every wrong field.
     """
     values, errors = {}, {}
     for name, declared_field in fields.items():
@@ -3859,7 +3962,7 @@ FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 
 
 def media_type():
-    """The media type of the request's body in lower case, without its parameters."""
+    """Return the media type of the request's body, in lower case and without parameters."""
     return request.content_type.partition(";")[0].strip()
 
 
@@ -3868,9 +3971,9 @@ def is_slow_to_read():
 
 
 def read_body(said):
-    """The fields of the request's body, JSON or a form, as the route declared them.
+    """Return the fields of the request's body, JSON or a form, as {name: raw value}.
 
-    Raises HTTPError 400, 413, 415.
+    `said` is the route's Declared. Raises HTTPError 400, 413 or 415.
     """
     encoding = request.environ.get("HTTP_CONTENT_ENCODING", "").strip()
     if encoding.lower() not in ("", "identity"):
@@ -3883,14 +3986,15 @@ def read_body(said):
         return {}
     kind = media_type()
     if kind == "application/json":
-        # Bottle's own way takes ten times as long.
+        # Bottle's request.json would take ten times as long.
         return read_json(request.environ["wsgi.input"].read())
     try:
         return read_form(said, kind)
     except UnicodeError as error:
         raise refusal(400, f"Form parse error - {error}") from None
     except (MultipartError, LookupError, ValueError) as error:
-        # A part may name a charset: Python would keep each name that it does not know.
+        # A part of a form may name any charset. Python remembers each unknown name for ever, so
+        # clients could fill the memory with made-up names.
         encodings._cache.clear()
         log.info(f"form refused: {error}")
         detail = f"the body has more than {MAX_FORM_FIELDS} fields, or does not follow RFC 7578."
@@ -3898,10 +4002,11 @@ def read_body(said):
 
 
 def read_form(said, kind):
-    """The fields of a form, or of the JSON object that curl's -d calls a form.
+    """Return the fields of a form, or of a JSON object that curl's -d sends as a form.
 
-    What several values stand for is a list of them, where the field may be one, else the last.
-    Raises HTTPError 400, 415 for another kind of body, ValueError, LookupError, MultipartError.
+    A name with several values gets a list of them if its field is Several, else the last value.
+    Raises HTTPError 400, or 415 for another kind of body, and ValueError, LookupError or
+    MultipartError for a form that cannot be read.
     """
     if kind == MULTIPART:
         pairs = list(request.POST.allitems())
@@ -3921,7 +4026,7 @@ def read_form(said, kind):
         if isinstance(declared_field, Several) and len(values) > 1:
             form[name] = values
         elif form.get(name) == "" and not declared_field.required:
-            # Forms send an empty field as "": for an optional one, "not given".
+            # A form sends an empty field as "". An optional field then counts as not given.
             del form[name]
     return form
 
@@ -3933,7 +4038,7 @@ def parse_form(text):
 
 
 def read_json(body):
-    """The object in a JSON body.
+    """Return the object in a JSON body, as a dict.
 
     Raises HTTPError 400 in the words of Python's json, as the original does.
     """
@@ -3952,19 +4057,19 @@ def read_json(body):
 
 
 def refuse_constant(name):
-    """NaN and Infinity are Python's, not JSON's."""
+    """Raise ValueError for NaN and Infinity: Python's json accepts both, but JSON has neither."""
     raise ValueError(f"Out of range float values are not JSON compliant: {name!r}")
 
 
 def finite_float(digits):
-    """Return a float. Raises ValueError if it is too large for one."""
+    """Return the number as a float. Raises ValueError if the number is too large for a float."""
     value = float(digits)
     if math.isinf(value):
         refuse_constant(digits)
     return value
 
 
-# One for all: making it takes as long as what it decodes.
+# Shared by all requests: making a decoder takes as long as decoding a body.
 JSON_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
@@ -3980,7 +4085,10 @@ PAGING = {
 
 
 def answer_list(listing, user, **given):
-    """A JSON array of a listing's rows, or of a page of them."""
+    """Return a JSON array of a listing's rows, or of one page: bytes or, if long, a generator.
+
+    Raises HTTPError 400 if no id as high as `after` has been given yet.
+    """
     sent = {name: value for name, value in given.items() if value is not None}
     page = {"user": user["id"], **given, "after": 0, "before": MAX_ID, **sent}
     if "limit" in sent:
@@ -3993,12 +4101,13 @@ def answer_list(listing, user, **given):
 
 
 def answer_unchanged(user, wait):
-    """Set the ETag of the user's lists. Raises HTTPResponse 304 if the client has it, after a wait.
+    """Set the ETag of the user's data, or answer 304 if the client already has this version.
 
-    RFC 9110, section 13.1.2. Raises WaitForNews.
+    See RFC 9110, section 13.1.2. The 304 comes after `wait` seconds without news: until then raises
+    WaitForNews, afterwards HTTPResponse 304.
     """
     etag = f'"{STARTED}-{user["id"]}-{user["changes"]}"'
-    # The client's own cache may keep the answer, and has to ask each time.
+    # Only the client's own cache may store the answer, and must revalidate it at each use.
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     known = request.environ.get("HTTP_IF_NONE_MATCH", "")
     if etag in known or known.strip() == "*":
@@ -4008,9 +4117,9 @@ def answer_unchanged(user, wait):
 
 
 def wait_for_news(user, wait):
-    """Let the request wait until something of the user's changes, or its seconds are over.
+    """Let the request wait for a change of the user's data, at most `wait` seconds.
 
-    Returns when they are. Raises WaitForNews.
+    Raises WaitForNews to begin or continue the waiting. Returns once the waiting is over.
     """
     until = local.answer.waits_until
     if until is None:
@@ -4020,7 +4129,7 @@ def wait_for_news(user, wait):
 
 
 def end_page(listing, page, given):
-    """End a page with its last row; if there are more, a Link names the next page (RFC 8288)."""
+    """Limit a page to `limit` rows. If more follow, a Link names the next page (RFC 8288)."""
     side, far_side, order = "after", "before", "ASC"
     if "before" in given and "after" not in given:
         side, far_side, order = "before", "after", "DESC"
@@ -4028,29 +4137,32 @@ def end_page(listing, page, given):
     if len(end) == 2:
         (last,), (page[far_side],) = end
         query = urllib.parse.urlencode({**given, side: last})
-        # Relative: a proxy may serve us under a path of its own.
+        # A relative URL, because a proxy may serve us under another path.
         response.set_header("Link", f'<?{query}>; rel="next"')
 
 
 def stream_rows(listing, page):
-    """Yield the array in pieces, each read from the database when it is asked for.
+    """Yield the JSON array in pieces, each read from the database lazily.
 
-    They are small, so that little is kept for a client that reads nothing.
+    The pieces are small, so that a client that reads nothing costs little memory.
     """
-    # Bottle asks for the first at once, on the serving thread.
+    # Bottle takes the first piece at once, on the serving thread, so that piece needs no database.
     yield b"["
     comma, is_whole = b"", False
     while not is_whole:
         page["after"], is_whole, *piece = read_piece(listing, page, math.inf, LIST_PIECE_BYTES)
         if piece[0]:
-            # Popped: it is not kept here while the client reads it.
+            # pop() keeps no reference to the piece here while the client reads the answer.
             yield comma + piece.pop()
             comma = b","
     yield b"]"
 
 
 def read_piece(listing, page, most_rows, most_bytes):
-    """Return (last id, whether that is all, JSON) of the first rows of what is left of a page."""
+    """Return (last id, is_whole, JSON) of a page's next rows. is_whole: no rows are left.
+
+    The piece ends after most_rows rows, or with the row that reaches most_bytes.
+    """
     texts, size, last = [], 0, page["after"]
     with closing(list_rows(connection(), listing, page)) as rows:
         for row_id, text in rows:
@@ -4063,11 +4175,12 @@ def read_piece(listing, page, most_rows, most_bytes):
 
 
 # --- Routes ---------------------------------------------------------------------------------------
-# What can be asked, in the order a user meets it. A route's body knows nothing of threads.
+# The requests of the API, in the order a user meets them. Routes handle no threads: @waits and
+# leave_round() name a worker pool, and the Server room does the rest.
 
 
 def an_object(**properties):
-    """The JSON schema of an object that has all of these."""
+    """Return the JSON schema of an object with exactly the given properties, all required."""
     return {
         "type": "object",
         "properties": properties,
@@ -4080,12 +4193,15 @@ COMPONENTS = {}  # name: JSON schema
 
 
 def component(name, schema):
-    """A reference to this JSON schema, which the description has once, under the name."""
+    """Add a JSON schema to COMPONENTS. Returns a reference to the schema.
+
+    The API description spells each component out once, however often a route refers to it.
+    """
     COMPONENTS[name] = schema
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-# JSON schemas of what is answered.
+# JSON schemas of answers.
 AN_ID = {
     "type": "integer",
     "minimum": 1,
@@ -4139,11 +4255,12 @@ FIELD_ERRORS = component(
     {"type": "object", "additionalProperties": {"type": "array", "items": A_TEXT}},
 )
 
-# Fields of what is asked.
+# Fields and headers of requests.
 USERNAME_FIELD = NewUsername(tidy=tidy_username, maxLength=MAX_USERNAME, example="alice")
-# The name of somebody who may not exist.
+# A name to look up: the rules for new usernames do not apply, and there may be no such user.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
-# Bottle reads a query string as Latin-1. Bytes that are not UTF-8 name nobody.
+# Bottle decodes a query string as Latin-1, so the name is encoded again and decoded as UTF-8.
+# Invalid bytes become U+FFFD, and no username contains U+FFFD.
 WITH_FIELD = OptionalText(
     tidy=lambda name: tidy_username(name.encode("latin-1").decode(errors="replace")),
     example="alice",
@@ -4169,9 +4286,9 @@ TOKEN_FIELD = Text(tidy=str.strip, example=A_JWT["example"])
 @app.get("/")
 @answers(200, A_TEXT | {"contentMediaType": "text/html"})
 def show_page():
-    """Show the page.
+    """Show the web page.
 
-    A chat for people with a browser, made of the requests below.
+    The page is a chat for people with a browser, built on the other requests of the API.
     """
     response.headers.update(PAGE_HEADERS)
     return PAGE.replace("<main>", f'<main class="{settings.registration}">').encode()
@@ -4193,11 +4310,11 @@ def show_page():
     ),
 )
 def show_health():
-    """Show how the server is.
+    """Show the health of the server.
 
-    Whether the database answers, which bot speaks, and how much it has still to say. The bot is
-    null while Telegram was not reached yet. Degraded: it has not answered for a minute, or is
-    refused.
+    The answer names the bot and counts the bot's messages still to be sent. The bot is null until
+    Telegram has been reached for the first time. The status is "degraded" if Telegram has not
+    answered for a minute or refuses the bot. If the database does not answer, the answer is a 503.
     """
     home = running.home
     health = {
@@ -4210,7 +4327,7 @@ def show_health():
     }
     try:
         check_files()
-        # A new connection: ours may answer from memory.
+        # Only a new connection has to read the file: an open connection may answer from its cache.
         with closing(connect("ro")) as db:
             queued, oldest = count_waiting(db, home.id)
     except sqlite3.Error as error:
@@ -4228,10 +4345,10 @@ def show_health():
 @takes(username=USERNAME_FIELD, password=NEW_PASSWORD_FIELD)
 @answers(201, A_USER)
 def register(username, password):
-    """Make an account.
+    """Create an account.
 
-    Anybody may, unless whoever runs the server has closed registration: 403. From one address: 100
-    tries at once, then one in 3 seconds.
+    Anybody can register unless the operator of the server has closed registration (403). The limit
+    for one address is 100 tries at once, then one every 3 seconds (429).
     """
     password_hash = hash_password(password)
     with transaction() as db:
@@ -4242,7 +4359,11 @@ def register(username, password):
 
 
 def check_password(username, password, password_hash):
-    """Whether the password is right. Raises HTTPError 429 once this address guessed too often."""
+    """Return whether the password is right.
+
+    Raises HTTPError 429 after too many wrong passwords from the client's address, for the given
+    username or for all usernames together.
+    """
     address = limiter_key()
     limits = {
         (address, username[: MAX_USERNAME + 1]): LOGIN_FAILURES_PER_NAME,
@@ -4260,14 +4381,16 @@ def check_password(username, password, password_hash):
 @takes(username=NAME_FIELD, password=PASSWORD_FIELD)
 @answers(200, an_object(refresh=A_JWT, access=A_JWT), 401, 429)
 def log_in(username, password):
-    """Exchange name and password for two tokens.
+    """Exchange a username and password for two tokens.
 
-    The access token goes with requests, for 5 minutes; the refresh token gets new ones, for a day.
+    The access token authorizes requests and is valid for 5 minutes. The refresh token is exchanged
+    for new access tokens and is valid for a day.
     """
     user = find_user_by_name(connection(), username)
     password_hash = user["password"] if user else nobodys_hash()
     is_right = check_password(username, password, password_hash)
-    # It may have been changed meanwhile, or the account erased.
+    # Read the user again: while the password was being hashed, the password may have been changed
+    # or the account erased.
     user = is_right and find_user(connection(), user["id"])
     if not user or user["password"] != password_hash:
         raise refusal(401, "No active account found with the given credentials")
@@ -4275,9 +4398,10 @@ def log_in(username, password):
 
 
 def read_live_token(token, kind=None):
-    """(claims, user) of a JWT that is neither blacklisted nor ended by a new password.
+    """Return (claims, user) of a valid JWT, with None for a user whose account is gone.
 
-    The user may be gone: None. Raises HTTPError 401, worded as simplejwt's token views do.
+    `kind` is "access", "refresh", or None for any. Raises HTTPError 401, in the words of
+    simplejwt's token views, if the JWT is invalid, blacklisted, or ended by a password change.
     """
     try:
         claims = read_token(token, kind)
@@ -4292,7 +4416,7 @@ def read_live_token(token, kind=None):
 def refresh_token(refresh):
     """Exchange a refresh token for an access token.
 
-    The refresh token stays as it is, and may be used again.
+    The refresh token does not change and can be used again.
     """
     _, user = read_live_token(refresh, "refresh")
     if user is None:
@@ -4305,9 +4429,10 @@ def refresh_token(refresh):
 @takes(token=TOKEN_FIELD)
 @answers(200, an_object(), 401)
 def verify_token(token):
-    """Say whether a token is valid.
+    """Check whether a token is valid.
 
-    It may be of either kind. One that is not is answered 401, which says why.
+    Access tokens and refresh tokens are both accepted. An invalid token is answered 401, with the
+    reason.
     """
     read_live_token(token)
     return {}
@@ -4319,7 +4444,7 @@ def verify_token(token):
 def blacklist_token(refresh):
     """Log out.
 
-    The refresh token is dead from now on; an access token lives to its end.
+    The refresh token ends at once. Access tokens stay valid until they expire.
     """
     claims, _ = read_live_token(refresh, "refresh")
     with transaction() as db:
@@ -4327,7 +4452,8 @@ def blacklist_token(refresh):
     return {}
 
 
-# Patient: a GET that writes.
+# In a worker pool: the GETs of a round run before the round's transaction. The write here would
+# need a commit of its own and hold up the serving thread.
 @app.get("/api/users/get-telegram-token/")
 @waits("patient")
 @logged_in
@@ -4341,9 +4467,10 @@ def blacklist_token(refresh):
     ),
 )
 def get_telegram_token(user):
-    """Get a token that links a chat to the account.
+    """Get a token for linking a chat to the account.
 
-    It is sent to the bot, within 10 minutes, and works once; the earlier one is dead.
+    Send the token to the bot within 10 minutes. A token works once, and a new token ends the
+    earlier one.
     """
     token, expires_at = secrets.token_urlsafe(32), now() + LINK_TOKEN_SECONDS
     with transaction() as db:
@@ -4353,7 +4480,7 @@ def get_telegram_token(user):
     return {"telegram_token": token, "expires_at": iso(expires_at), "bot": bot, "link": link}
 
 
-# Patient: what is given up may be much.
+# In a worker pool: giving up a long queue takes too long for a round.
 @app.post("/api/users/unlink-telegram/")
 @waits("patient")
 @logged_in
@@ -4361,7 +4488,7 @@ def get_telegram_token(user):
 def unlink_telegram(user):
     """Unlink the account's chat.
 
-    For a lost phone: what is queued for it is given up.
+    Meant for a lost phone: all messages queued for the chat are given up.
     """
     with transaction() as db:
         if chat := find_chat(db, user["id"]):
@@ -4376,7 +4503,7 @@ def unlink_telegram(user):
 def change_password(user, current_password, new_password):
     """Change the password.
 
-    Every token and key issued before ends.
+    Every token and API key issued before the change ends.
     """
     old_hash = user["password"]
     if not check_password(user["username"], current_password, old_hash):
@@ -4396,9 +4523,9 @@ def change_password(user, current_password, new_password):
 )
 @answers(201, A_NEW_KEY)
 def make_key(user, name, expires_at):
-    """Make an API key.
+    """Create an API key.
 
-    For a program, which sends it in the place of an access token. It is shown this once.
+    A program sends the API key in place of an access token. No later answer shows the key again.
     """
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     with transaction() as db:
@@ -4413,7 +4540,7 @@ def make_key(user, name, expires_at):
 def list_own_keys(user):
     """List your API keys.
 
-    All but the keys themselves.
+    The answer has each key's name and dates, but never the key itself.
     """
     return [dict(row) for row in list_keys(connection(), user["id"])]
 
@@ -4424,7 +4551,7 @@ def list_own_keys(user):
 def end_key(user, key_id):
     """Delete an API key.
 
-    It is dead from now on.
+    The key ends at once.
     """
     with transaction() as db:
         if not delete_key(db, user["id"], int(key_id)):
@@ -4443,9 +4570,10 @@ def end_key(user, key_id):
     ),
 )
 def show_account(user):
-    """Show who you are.
+    """Show your account.
 
-    And whether a chat is linked to you: with the bot that runs now, or elsewhere, with another.
+    The field telegram is "linked" if a chat is linked with the running bot, "elsewhere" if a chat
+    is linked with another bot, and "none" if no chat is linked.
     """
     chat, telegram = find_chat(connection(), user["id"]), "none"
     if chat:
@@ -4466,7 +4594,8 @@ def show_account(user):
 def list_all_users(user, **page):
     """List all users.
 
-    Or one page of them: those after an id, or before one, the earliest first.
+    Users come in the order of their ids, the earliest first. Instead of all users, you can ask for
+    a page of users after an id, or before an id.
     """
     return answer_list(USERS, user, **page)
 
@@ -4488,7 +4617,8 @@ def list_all_users(user, **page):
         example="2026-01-01T09:00:00Z",
         description="At once, if left out.",
     ),
-    # Without an example, which would be no message of who tries it.
+    # No example: API tools send examples unchanged, and a user without a message of the example's
+    # id would get a 400.
     reply_to=Number(1, MAX_ID, description="The id of the message of yours that it answers."),
     choices=Several(
         Text(tidy=tidy_choice, maxLength=MAX_CHOICE),
@@ -4507,15 +4637,16 @@ def list_all_users(user, **page):
 def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     """Send a message.
 
-    It is stored and its copies are queued, together or not at all. With a send_at it is scheduled:
-    yours alone until then, when it becomes a message as if you posted it, with a new id. With a
-    header Idempotency-Key (1 to 255 visible ASCII characters of your choice, others for each
-    message) a retry stores nothing more. The text may also come as text/plain, the other fields
-    then in the query string. To one other person: 100 at once, then one a second.
+    The message is stored and its copies are queued, together or not at all. A message with a
+    send_at is scheduled: only you can see a scheduled message. At send_at the message is published
+    with a new id, as if you posted the message then. With a header Idempotency-Key (1 to 255
+    visible ASCII characters of your choice, different for each message), a retry stores nothing
+    more. You can also send the text as text/plain, with the other fields in the query string. The
+    limit for messages to one other person is 100 at once, then one a second (429).
     """
     is_list = isinstance(recipient, list)
     if is_list:
-        # So many copies to be split.
+        # Splitting the text for up to MAX_RECIPIENTS recipients takes too long for a round.
         leave_round("patient")
     key = read_idempotency_key()
     request_hash = key and sha256(repr((text, recipient, silent, send_at, reply_to, choices)))
@@ -4540,9 +4671,10 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
 
 
 def find_recipients(db, user, recipient, reply_to):
-    """Whom a message is for: who is named, or the other person of what it answers, or oneself.
+    """Return the recipients of a message that `user` posts, each user once.
 
-    Raises HTTPError 400.
+    Without a named recipient, the recipient is the other person of the message `reply_to`, or else
+    `user`. Raises HTTPError 400 if a named user, or the user's message `reply_to`, does not exist.
     """
     other = reply_to and find_other_user(db, reply_to, user["id"])
     if reply_to and not other:
@@ -4559,7 +4691,7 @@ def find_recipients(db, user, recipient, reply_to):
 
 
 def read_idempotency_key():
-    """The request's Idempotency-Key, or None. Raises HTTPError 400."""
+    """Return the request's Idempotency-Key, or None. Raises HTTPError 400 for a malformed key."""
     key = request.environ.get("HTTP_IDEMPOTENCY_KEY")
     if key is not None and not re.fullmatch("[!-~]{1,255}", key):
         raise HTTPError(400, {"Idempotency-Key": ["Give 1 to 255 visible ASCII characters."]})
@@ -4567,7 +4699,10 @@ def read_idempotency_key():
 
 
 def replay(request_hash, earlier):
-    """Return what a request with this key was answered. Raises HTTPError 422 if it was another."""
+    """Return the answer stored for the earlier request with the same Idempotency-Key.
+
+    Raises HTTPError 422 if the earlier request had other fields.
+    """
     if earlier["request_hash"] != request_hash:
         raise refusal(422, "This Idempotency-Key was used for another message: take a new key.")
     response.set_header("Idempotency-Replayed", "true")
@@ -4597,8 +4732,8 @@ def replay(request_hash, earlier):
 def list_own_messages(user, delivery, reply_to, wait, **page):
     """List your messages.
 
-    All that you sent or received, or one page of it, oldest first. Scheduled messages are listed
-    by their delivery alone.
+    The answer has all messages that you sent or received, or one page of them, oldest first.
+    Scheduled messages are listed only with delivery=scheduled.
     """
     listing = OWN_MESSAGES_BY_DELIVERY if delivery else OWN_MESSAGES
     if name := page["with"]:
@@ -4625,7 +4760,7 @@ def list_own_messages(user, delivery, reply_to, wait, **page):
 def show_message(user, message_id, wait):
     """Show a message.
 
-    One that you sent or received; of others you are told that they are not there.
+    You can see the messages that you sent or received. Any other id is answered 404.
     """
     message = own_message(user, message_id)
     answer_unchanged(user, wait)
@@ -4636,7 +4771,11 @@ def show_message(user, message_id, wait):
 
 
 def own_message(user, message_id):
-    """Return a message's JSON, also by the id it was scheduled with. Raises HTTPError 404."""
+    """Return the JSON of a message that the user sent or received.
+
+    A sender can still use the old id of a scheduled message after its publication. Raises
+    HTTPError 404 if the user has no such message.
+    """
     message_id = find_new_id(connection(), min(int(message_id), MAX_ID), user["id"])
     message = find_message(connection(), message_id, user["id"])
     if message is None:
@@ -4650,8 +4789,8 @@ def own_message(user, message_id):
 def cancel(user, message_id):
     """Cancel a message.
 
-    Nothing more is sent of one of yours, if nothing of it has reached its recipient. A scheduled
-    one is deleted.
+    You can cancel a queued message of yours unless a part has been sent, or is being sent, to the
+    recipient. Nothing more of a cancelled message is sent. A scheduled message is deleted.
     """
     with transaction() as db:
         message = json.loads(own_message(user, message_id))
@@ -4666,9 +4805,9 @@ def cancel(user, message_id):
 
 
 # --- OpenAPI --------------------------------------------------------------------------------------
-# The description of the API, made from what the routes declare.
+# The description of the API, generated from the declarations of the routes.
 
-# The tag of each path that begins so; the first counts.
+# {path prefix: tag}. A path gets the tag of the first prefix that matches.
 TAGS = {
     "/api/users/": "accounts",
     "/api/messages/": "messages",
@@ -4681,7 +4820,7 @@ SECURITY = {
     require_login: [BEARER],
     may_register: [{}, BEARER],
 }
-# What a status means, where it says more than its phrase.
+# {status: description}. Sentences replace the standard phrases that say too little.
 MEANINGS = {
     **HTTP_CODES,
     **PUBLIC_DETAILS,
@@ -4694,7 +4833,7 @@ MEANINGS = {
 
 
 def describe_api(address):
-    """The OpenAPI 3.1 document. `address` is this server's URL."""
+    """Return the OpenAPI 3.1 document. `address` is the URL of the server."""
     paths = {}
     for route in app.routes:
         path = re.sub(r"<(\w+):[^>]+>", r"{\1}", route.rule)
@@ -4721,9 +4860,9 @@ def describe_api(address):
 
 
 def describe_route(path, route):
-    """The OpenAPI operation of one route: every field it takes, every status it answers."""
+    """Return the OpenAPI operation of a route, with every declared field and status."""
     said = declared(route)
-    # `python -OO` takes the docstrings away.
+    # `python -OO` removes docstrings: fall back to the function's name.
     text = route.__doc__ or route.__name__.replace("_", " ")
     summary, _, more = text.partition(".\n")
     operation = {
@@ -4741,7 +4880,7 @@ def describe_route(path, route):
 
 
 def describe_parameters(said, path_names):
-    """What a request says beside its body."""
+    """Return the OpenAPI parameters of a route: path, query string and headers."""
     query = {name: field.schema for name, field in said.query.items()}
     places = {"path": dict.fromkeys(path_names, AN_ID), "query": query, "header": said.headers}
     return [
@@ -4771,7 +4910,7 @@ def describe_body(fields):
 
 
 def describe_answers(said):
-    """Every status, with its schema and the headers that say more."""
+    """Return the OpenAPI responses of a route: description, headers and schema of each status."""
     schemas = {
         said.status: said.schema,
         **dict.fromkeys(said.refusals, A_DETAIL),
@@ -4796,7 +4935,7 @@ def describe_answers(said):
 
 
 def as_content(schema):
-    """What a body of this schema is described by; None: there is none."""
+    """Return {"content": …} for a body with the given schema, or {} if there is no body (None)."""
     if schema is None:
         return {}
     media_type = schema.get("contentMediaType", "application/json")
@@ -4808,10 +4947,11 @@ def as_content(schema):
 def show_openapi():
     """Describe the API.
 
-    This document, in OpenAPI 3.1: Postman imports it, and clients can be made from it.
+    The answer is a document in OpenAPI 3.1. Postman imports the document, and generators make
+    clients from it.
     """
     environ = request.environ
-    # Of several, the one that the client's own proxy said.
+    # If a header lists several values, the first comes from the proxy closest to the client.
     scheme = next(forwarded("PROTO"), environ["wsgi.url_scheme"]).lower()
     host = next(forwarded("HOST"), environ.get("HTTP_HOST", "localhost"))
     prefix = next(forwarded("PREFIX"), "").strip("/")
