@@ -5,48 +5,56 @@
 """FactoryApp: an HTTP API whose messages a Telegram bot repeats in the chats that people linked.
 
 One message's journey:
-  1. POST /api/messages/ is read with all else that arrived at that moment: a round (Server). The
-     token names the user, the fields are checked (HTTP), the message is stored with its copies,
-     one outbox row for each Telegram message that they become (Routes, Outbox, Store).
-  2. The round is committed once, then its answers leave. If that fails, whoever wrote gets a 503.
-  3. A sender takes the oldest due row of a chat that nobody else is sending to (Turns), sends it,
-     and settles it: sent, due again later, or given up (Outbox).
-  4. What people write to the bot arrives on the polling thread (Bot). The whole effect of an
-     update, and the offset behind it, are one transaction.
+  1. The serving thread reads POST /api/messages/ together with all other requests that arrived at
+     the same moment: a round (Server). The token names the user, and the fields are checked (HTTP).
+     The message is stored with its deliveries, one row in the outbox for each Telegram message to
+     be sent (Routes, Outbox, Store).
+  2. The round is committed once, before its writing requests are answered. If the commit fails,
+     each of their successful answers becomes a 503.
+  3. When a chat is due and no sender is busy with the chat (Turns), a sender sends the chat's
+     oldest delivery and settles the delivery: sent, retried later, or given up (Outbox).
+  4. Messages to the bot arrive on the polling thread (Bot). One transaction stores all effects of
+     an update, together with the offset of the next update.
 
-Threads: the serving thread reads every request and serves most. Those of the pools take what would
-hold it up (POOLS). The outbox thread takes turns, up to 64 senders deliver. The polling thread
-listens to Telegram or to the terminal; each pressed button is answered on a thread of its own. One
-thread does the upkeep, one writes the log. They share the database, `turns`, `news`, `log_lines`,
-what is known of the bot, and the event that stops them, nothing else.
+Threads:
+  - The serving thread reads every request and answers most of them. The threads of the worker
+    pools answer the requests that would hold up the serving thread (POOLS).
+  - The outbox thread takes turns, and up to 64 senders deliver.
+  - The polling thread listens to Telegram or to the terminal. Each press of a button is answered on
+    a thread of its own.
+  - One thread does the upkeep, and one writes the log.
+The threads share the database, `turns`, `news`, `log_lines`, the limiters, `used_keys`, the state
+of the bot and the stop event.
 
-Rooms, each using only those above it:
-  Settings  what can be set, and every limit      Page     what GET / answers
-  Texts     all the bot says, long texts          HTTP     errors, sign-in, fields, pages
-  Turns     whose turn it is to be sent to        Routes   the requests, as a user meets them
-  Store     one question, one function            OpenAPI  made from what the routes declare
-  Passwords and tokens                            Server   rounds and pools; waitress is known here
+Rooms of the file, in order; a room uses only the rooms above:
+  Settings  every setting and every limit         Page     the HTML page at GET /
+  Texts     sentences of the bot, long texts      HTTP     errors, sign-in, fields, pages
+  Turns     the chat to send to next              Routes   the requests, as a user meets them
+  Store     a function for each query or change   OpenAPI  generated from the routes
+  Passwords and tokens                            Server   rounds, pools; the only user of waitress
   Outbox    queue, deliver one, one round, all    Main     read settings, start, serve, stop
-  Bot       the conversation and its two homes
+  Bot       the conversation and both transports
 
-To add a setting: Settings, read_arguments(), README. A route: Routes alone, it describes itself. A
-column: schema.sql, for older databases too, and the Store. A sentence of the bot: Texts.
+To add a setting, change Settings, read_arguments(), read_settings() and README.
+To add a route, change Routes alone: OpenAPI is generated from the routes.
+To add a column, change schema.sql (for older databases too), SCHEMA_VERSION and the Store.
+To add a sentence of the bot, change Texts.
 
-Run it with `python factoryapp.py`; `--help` lists the settings. Without a bot token the bot talks
-in the terminal.
+Run the server with `python factoryapp.py`; `--help` lists the settings. Without a bot token, the
+bot talks in the terminal.
 """
 
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    # Before 3.8 `:=` is an error of syntax, which shows this line.
+    # Python before 3.8 rejects `:=` with a syntax error that shows the line, and so the advice.
     print(_ := "factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
     sys.exit(2)
 
 import signal
 
 if __name__ == "__main__":
-    # Until serve() has its own handler, Ctrl-C ends the start without a traceback.
+    # Until serve() installs a handler, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -82,7 +90,7 @@ from typing import NamedTuple
 try:
     import resource
 except ModuleNotFoundError:
-    # Windows has none, and needs none.
+    # Windows has no such module, and needs none: allow_files() does nothing there.
     resource = None
 
 try:
@@ -114,8 +122,8 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 # --- Settings -------------------------------------------------------------------------------------
-# What the operator sets is in `settings`, filled by main(); what we decided is a constant, its unit
-# in its name.
+# The operator's settings are in `settings`, filled in by main(). Our own choices are constants,
+# with the unit in the name.
 
 VERSION = "1.2.0"
 SCHEMA_VERSION = 6
@@ -127,24 +135,24 @@ LINK_TOKEN_SECONDS = 10 * 60
 SECRET_MIN_BYTES = 32  # RFC 7518, section 3.2
 TOKENS_REMEMBERED = 2000
 KEY_PREFIX = "fa_"
-KEYS = 50  # of one user
+KEYS = 50  # API keys of one user
 SCRYPT = {"n": 2**13, "r": 8, "p": 10}  # OWASP's cheat sheet: 8 MiB, about 150 ms
-HASHES_AT_ONCE = 2  # for logins; one more for a registration
-# Limits: so many at once, then one in so many seconds.
-LOGIN_FAILURES_PER_NAME = 10, 30  # from one address
+HASHES_AT_ONCE = 2  # threads for logins; one more for registrations
+# Limits for a Limiter: (tries allowed at once, seconds until each further try).
+LOGIN_FAILURES_PER_NAME = 10, 30  # for one name, from one address
 LOGIN_FAILURES_PER_ADDRESS = 100, 3
 REGISTRATIONS_PER_ADDRESS = 100, 3
 MESSAGES_TO_ANOTHER = 100, 1
-TEXT_ONLY_ANSWERS = 1, 5  # in a chat
-GROUP_ANSWERS = 1, 30 * 24 * 3600  # that linking is for private chats
+TEXT_ONLY_ANSWERS = 1, 5  # in one chat
+GROUP_ANSWERS = 1, 30 * 24 * 3600  # telling a group that only private chats can be linked
 TLS_WARNINGS = 1, 60
-LIMITER_KEYS = 10_000  # that are remembered
+LIMITER_KEYS = 10_000  # remembered by each Limiter
 
-# What clients send. The MAX_ lengths are code points.
+# Limits on requests. The MAX_ lengths are code points.
 MAX_USERNAME = 150
 MIN_PASSWORD = 8
 MAX_PASSWORD = 1024
-# The most tried of Django's list; shorter ones are refused as too short.
+# The most common passwords of Django's list. MIN_PASSWORD already refuses the shorter ones.
 COMMON_PASSWORDS = set(
     """
     123456789 password 12345678 password1 1234567890 iloveyou 1q2w3e4r5t qwertyuiop 1qaz2wsx
@@ -156,79 +164,80 @@ COMMON_PASSWORDS = set(
 )
 MAX_TEXT = 16_384
 MAX_BODY_BYTES = 64 * 1024
-LONG_BODY_BYTES = 16 * 1024  # is not read on the serving thread
+LONG_BODY_BYTES = 16 * 1024  # longer bodies are read in a worker pool
 MAX_FORM_FIELDS = 1000
-# JSON may spell one code point as 12 bytes: \ud83d\ude00
+# JSON may write one code point as 12 bytes: \ud83d\ude00
 MAX_MESSAGE_BODY_BYTES = 12 * MAX_TEXT + 4096
-MAX_ID = 2**63 - 1  # SQLite's
+MAX_ID = 2**63 - 1  # the largest id in SQLite
 MAX_PAGE_ROWS = 1000
 SEND_AHEAD_SECONDS = 30 * 24 * 3600
 MAX_RECIPIENTS = 20
-# Messages that wait: a queue is moved or given up in one transaction.
-MAX_QUEUED = 2000  # of one person to another, and as many scheduled
-MAX_QUEUED_TO_ONESELF = 50_000  # before one of at most SHORT_TEXT
+# Limits on waiting messages: one transaction has to move or give up a whole queue.
+MAX_QUEUED = 2000  # from one user to another, and as many scheduled
+MAX_QUEUED_TO_ONESELF = 50_000  # if the new text has at most SHORT_TEXT code points
 SHORT_TEXT = 1000  # code points
-QUEUE_FULL_SECONDS = 60  # until their sender may try again
+QUEUE_FULL_SECONDS = 60  # Retry-After when a queue is full
 MAX_CHOICES = 8
 MAX_CHOICE = 64  # code points
-WAIT_SECONDS = 50  # nginx gives up at 60
+WAIT_SECONDS = 50  # at most, for news; nginx gives up after 60
 IDEMPOTENCY_SECONDS = 24 * 3600
 DELIVERIES = "scheduled", "queued", "sent", "failed", "unlinked", "cancelled"
 
-# The database. A list of more rows or bytes is long: a worker pool reads it in pieces.
+# The database. A list longer than LIST_ROWS or LIST_BYTES is read in pieces by a worker pool.
 LIST_ROWS = 200
 LIST_BYTES = 128 * 1024
 LIST_PIECE_BYTES = 48 * 1024
-PATIENCE_SECONDS = 5  # since a request arrived, for others, before 503
-SERVING_PATIENCE_SECONDS = 0.01  # on the serving thread
+PATIENCE_SECONDS = 5  # to wait for other writers, from the arrival of a request; then 503
+SERVING_PATIENCE_SECONDS = 0.01  # the same wait on the serving thread
 CHECKPOINT_COMMITS = 50
-WAL_LONG_FRAMES = 1500  # of 4 KiB
+WAL_LONG_FRAMES = 1500  # of 4 KiB each
 WAL_RESTART_SECONDS = 0.1
-WAL_KEPT_BYTES = 8 * 1024**2  # of its file, once what it held is in the database
-PORTION_ROWS = 200  # of what is forgotten, in one transaction
+WAL_KEPT_BYTES = 8 * 1024**2  # to which the log file is cut after a full checkpoint
+PORTION_ROWS = 200  # changed or deleted by one statement
 PORTION_PAUSE_SECONDS = 0.02
-PUBLISH_ROWS = 20  # of what is scheduled and due, in one transaction: others who write wait
-PUBLISH_AGAIN_SECONDS = 3600  # after a failure that is the message's own
-FORGET_SECONDS = 3600  # between two searches for what is old
+PUBLISH_ROWS = 20  # due messages published in one transaction, while other writers wait
+PUBLISH_AGAIN_SECONDS = 3600  # until a message that cannot be published is retried
+FORGET_SECONDS = 3600  # between two searches for old rows
 
 # Telegram
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
 SENDERS = 64  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
-# At once: with more, the network's jitter would make a second of more than SENDS_PER_SECOND.
+# Sends at the same moment. With more, network jitter could exceed SENDS_PER_SECOND.
 SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
-CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next
+CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next address
 LONG_POLL_SECONDS = 25
 BACKOFF_MAX_SECONDS = 5 * 60
 POLL_BACKOFF_MAX_SECONDS = 30
-SLOW_SECONDS = 60  # after a 429, in which its chat gets one message a second
-REFUSALS = 3  # in a row, of as many chats, after which all wait
-FAILURES_BEFORE_GIVING_UP = 20  # over FAILING_SECONDS or more
+SLOW_SECONDS = 60  # after the pause of a 429, while its chat gets one message a second
+REFUSALS = 3  # 429s in a row, from as many linked chats, until all chats wait
+FAILURES_BEFORE_GIVING_UP = 20  # and FAILING_SECONDS since the first of them
 FAILING_SECONDS = 3600
-MISSING_SECONDS = 600  # until "chat not found" is believed
+MISSING_SECONDS = 600  # of "chat not found" until the chat is unlinked
 HEARD_SECONDS = 3 * 24 * 3600
-UPKEEP_SECONDS = 0.5  # between two rounds of it
-SILENT_SECONDS = 60  # until a bot that does not answer is no longer well
-OUTAGE_FAILURES = 3  # of polls in a row: a gateway may cut each long one
-WEBHOOK_SECONDS = 3600  # in which health names a second webhook: another program's
-PRESSES_AT_ONCE = 16  # that are answered; each takes a thread
+UPKEEP_SECONDS = 0.5  # between two runs of the upkeep
+SILENT_SECONDS = 60  # without an answer, until /health/ reports the bot as failing
+OUTAGE_FAILURES = 3  # failed polls in a row; a gateway may cut each long poll
+WEBHOOK_SECONDS = 3600  # for which /health/ reports that another program sets a webhook
+PRESSES_AT_ONCE = 16  # button presses being answered, each on a thread
 
 # The server
 CONNECTIONS = 200
-LEAST_CONNECTIONS = 8  # where few files may be open
-OWN_FILES = 240  # a socket and the database for each sender, the database for the other threads
-MAX_PROXIES = 20  # of X-Forwarded-For, the last that are read
+LEAST_CONNECTIONS = 8  # where few open files are allowed; with fewer we do not start
+# Open files: a socket and the database for each sender, the database for each other thread.
+OWN_FILES = 240
+MAX_PROXIES = 20  # read from the end of X-Forwarded-For
 REQUEST_SECONDS = 10  # to send a whole request
 IDLE_SECONDS = 60  # between two requests
-STUCK_SECONDS = 30  # in which a client reads nothing of its answer
-ANSWER_SECONDS = 30  # to read a whole answer, while others need the connection
-SEND_BUFFER_BYTES = 64 * 1024  # the kernel's, of a connection
-UNSENT_BYTES = 64 * 1024**2  # of all answers together
-WAITING = 100  # requests that wait for news at once
+STUCK_SECONDS = 30  # without the client reading any more of the answer
+ANSWER_SECONDS = 30  # to read a whole answer while other clients need the connection
+SEND_BUFFER_BYTES = 64 * 1024  # in the kernel, for each connection
+UNSENT_BYTES = 64 * 1024**2  # waiting to be sent, of all answers together
+WAITING = 100  # requests waiting for news at once
 WAITING_OF_A_USER = 10
-STOP_SECONDS = 1  # what a clean stop grants to those at work
-LOG_LINES = 2000  # that wait to be written
+STOP_SECONDS = 1  # granted to unfinished work by a clean stop
+LOG_LINES = 2000  # waiting to be written; further lines are lost
 
 DESCRIPTION = "An HTTP API whose messages a Telegram bot repeats in linked chats."
 
@@ -236,50 +245,50 @@ log = logging.getLogger("factoryapp")
 
 
 class settings:
-    """What main() was told; tests set it too."""
+    """Hold the settings of this process. main() fills them in; tests change them."""
 
     db = "factoryapp.db"
-    secret = None  # bytes, in place of the key in the database
-    key = None  # bytes that sign the JWTs, known once the store is open
-    trusted_proxies = ()  # networks whose X-Forwarded-… is believed
+    secret = None  # bytes, used in place of the signing key in the database
+    key = None  # bytes for signing the JWTs, set by open_store()
+    trusted_proxies = ()  # networks of proxies that may set X-Forwarded-… headers
     registration = "open"  # or "closed"
-    keep_days = 0  # 0: for ever
-    connections = CONNECTIONS  # fewer, where few files may be open
+    keep_days = 0  # age at which messages are deleted; 0: never
+    connections = CONNECTIONS  # fewer if the system allows few open files
 
 
 log_lines = queue.Queue(LOG_LINES)
 
 
 class LogHandler(logging.handlers.QueueHandler):
-    """Puts what is logged into log_lines, as it is."""
+    """Put each log record into log_lines unchanged: write_log() formats the records."""
 
     def prepare(self, record):
         return record
 
 
 def write_log(handler):
-    """Write log_lines, in a thread of its own: it may be that nobody reads standard error."""
+    """Write log_lines, on a separate thread: writing blocks if nobody reads standard error."""
     while record := log_lines.get():
         handler.handle(record)
         log_lines.task_done()
 
 
 def now():
-    """Seconds since 1970."""
+    """Return the seconds since 1970, by the system's clock."""
     return time.time()
 
 
 def ticks():
-    """Seconds that only go forward, for pauses and limits: the clock may be set back."""
+    """Return seconds that never go back, for pauses and limits: now() may be set back."""
     return time.monotonic()
 
 
 class BadSetting(Exception):
-    """The server cannot start as it was told to; the text tells the operator what to do."""
+    """Tell the operator why the server cannot start, and name the remedy."""
 
 
 def start_thread(name, target, *args):
-    """Start a thread that ends with the process. Returns it.
+    """Start a thread that ends with the process. Returns the thread.
 
     Raises BadSetting if the system allows no more threads.
     """
@@ -292,9 +301,10 @@ def start_thread(name, target, *args):
 
 
 def end(code):
-    """End the process as soon as the log is written, or nobody reads it.
+    """End the process with this exit code, after up to STOP_SECONDS / 2 to write the log.
 
-    At once: Python's own end would wait for threads that write, and crash on those that read.
+    os._exit() skips Python's own shutdown: the shutdown would wait for a thread that is writing,
+    and crash if a thread is reading standard input.
     """
     ends_at = ticks() + STOP_SECONDS / 2
     while log_lines.unfinished_tasks and ticks() < ends_at:
@@ -303,12 +313,12 @@ def end(code):
 
 
 def iso(seconds):
-    """ISO 8601 in UTC, to the microsecond, as Django REST framework writes it."""
+    """Return a time in UTC as ISO 8601 with microseconds, as Django REST framework does."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 # --- Texts ----------------------------------------------------------------------------------------
-# All the bot says, and how a long text is split.
+# The sentences of the bot, and the splitting of long texts.
 
 OWN_COPY = "{username}, я получил от тебя сообщение:\n\n{text}"
 OWN_COPY_FOR = "{username}, я получил от тебя сообщение для {recipient}:\n\n{text}"
@@ -372,16 +382,17 @@ EDITED = "Правок я не вижу: пришлите исправленно
 UNKNOWN_REPLY = "Я не знаю, чьё это сообщение, поэтому никому ничего не передаю."
 PRIVATE_ONLY = "Привязать можно только личный чат: напишите мне лично."
 
-# Flags are pairs of these letters.
+# A flag is a pair of these letters.
 FLAG_LETTERS = "🇦🇧🇨🇩🇪🇫🇬🇭🇮🇯🇰🇱🇲🇳🇴🇵🇶🇷🇸🇹🇺🇻🇼🇽🇾🇿"
-# Vowels that join what is before them, then skin tones, then the tags of regional flags.
+# Characters joined to the character before: ZWNJ, Thai and Lao vowels, Japanese sound marks, skin
+# tones, tags of regional flags.
 JOINING = "[\u200c\u0e33\u0eb3\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"
 
 
 def is_inside_cluster(text, i):
-    """Whether a cut before text[i] goes through one character as people see it.
+    """Return whether a cut before text[i] would split a grapheme cluster.
 
-    The usual cases of UAX #29.
+    Covers the usual cases of UAX #29.
     """
     before, after = text[i - 1 : i + 1]
     if before in FLAG_LETTERS and after in FLAG_LETTERS:
@@ -395,7 +406,11 @@ def is_inside_cluster(text, i):
 
 
 def find_cut(text, limit):
-    """Where to cut a text: behind a line or word that ends in the second half of `limit`."""
+    """Return the index at which to cut a text, at most `limit`.
+
+    Prefers the end of a line, then of a word, then of a grapheme cluster, each in the second half
+    of `limit`.
+    """
     for ends in (lambda c: c == "\n", str.isspace, lambda c: True):
         for i in range(limit, limit // 2, -1):
             if ends(text[i - 1]) and not is_inside_cluster(text, i):
@@ -403,10 +418,12 @@ def find_cut(text, limit):
     return limit
 
 
-# None ends before a mark, or a jamo of Hangul, that belongs to it, unless there are hundreds.
+# Pieces of a text that can be normalized one by one: no piece ends before a combining mark or a
+# Hangul jamo, unless hundreds of them follow each other.
 PIECE = re.compile(r".{1,300}(?![^\w\s!-\u02ff\u2100-\u2bff]|[\u1161-\u11c2])|.{1,300}", re.DOTALL)
 
-# What Telegram strips or trims, and what nobody sees: to Telegram, a text of nothing else is empty.
+# Characters that Telegram strips or trims, and invisible ones: Telegram treats a text of nothing
+# else as empty.
 NOTHING = re.compile(
     "[\\s\x00-\x1f\x7f-\x9f\xad\u030a\u0333\u033f\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]*"
@@ -414,10 +431,11 @@ NOTHING = re.compile(
 
 
 def split_text(text, username=""):
-    """The text as Telegram messages, none empty; the later ones say whose it is.
+    """Split a text into Telegram messages. Returns a list of texts, none of them empty.
 
-    In NFC, since Telegram strips some accents that stand alone; by pieces, or thousands of marks
-    would take quadratic time.
+    All but the first begin with `username`, the author. The text is normalized to NFC, since
+    Telegram strips some accents that stand alone. Normalizing piece by piece avoids quadratic time
+    for thousands of marks.
     """
     text = PIECE.sub(lambda piece: unicodedata.normalize("NFC", piece[0]), text)
     room = TELEGRAM_MAX_TEXT
@@ -436,27 +454,30 @@ def split_text(text, username=""):
 
 
 def normalize(form, text, most):
-    """A text in a Unicode normal form, unless no text of `most` code points can come from it.
+    """Return a text in a Unicode normal form, such as "NFC".
 
-    Four make one at most, and thousands take quadratic time.
+    A text of more than 4 * most code points comes back unchanged. At most four code points compose
+    into one, so the text is longer than `most` in any form, and normalizing thousands of marks
+    takes quadratic time.
     """
     return unicodedata.normalize(form, text) if len(text) <= 4 * most else text
 
 
 def fold(name):
-    """What names have in common that differ by case alone."""
+    """Return the case-folded key of a name: equal for names that differ only by case."""
     return normalize("NFKC", name.casefold(), MAX_USERNAME)
 
 
 # --- Turns ----------------------------------------------------------------------------------------
-# Whose turn it is. The Store wakes a chat after each commit, the Outbox's senders take turns.
+# The order in which chats are sent to. The Store wakes a chat after a commit that queued something
+# for the chat. The Outbox takes the turns.
 
 
 class Again(NamedTuple):
-    """When a chat's turn comes again, and why.
+    """Say in how many seconds a chat's turn comes again, and why.
 
-    "early": something is queued. "failed": our own back-off after a failed send. "told": Telegram's
-    retry_after.
+    `why` is "early" (something is queued), "failed" (our own back-off after a failed send) or
+    "told" (rate-limited: Telegram's retry_after).
     """
 
     seconds: float
@@ -464,7 +485,7 @@ class Again(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """When a chat's turn comes, in ticks, and why, as in Again."""
+    """Say when a chat's turn comes, in ticks(). `why` is the same as in Again."""
 
     due_at: float
     chat_id: int
@@ -472,10 +493,11 @@ class Turn(NamedTuple):
 
 
 class Turns:
-    """Which chats have something queued, when each is due, and which are being sent to.
+    """Keep track of the chats with a queue: when each is due, and which are being sent to.
 
-    One sender a chat, and the pace of all. Kept in memory alone, since one process owns the
-    database: what was in flight when it died is due again at the next start.
+    Allows one sender for each chat, and SENDS_PER_SECOND for all chats together. Turns are kept
+    only in memory, since one process owns the database. A delivery that was in flight when the
+    process died is due again at the next start.
     """
 
     def __init__(self):
@@ -483,35 +505,36 @@ class Turns:
         self.open(None, ())
 
     def close(self):
-        """Let no more turns be taken, and wait some seconds for those that were."""
+        """Hand out no more turns, and wait up to STOP_SECONDS / 2 for the turns in progress."""
         with self.changed:
             self.bot_id = None
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.busy, STOP_SECONDS / 2)
 
     def open(self, bot_id, queues):
-        """Start with what the outbox holds for this bot: (chat id, Again) pairs."""
+        """Start with the queues of this bot: (chat id, Again) pairs from list_queues()."""
         with self.changed:
             self.bot_id = bot_id
-            self.order = []  # a heap of turns: one a chat, unless somebody is sending to it
-            self.due = set()  # the chats that have one
-            self.busy = {}  # chats that somebody is sending to: back_at as that began
-            self.sending = {}  # busy chat: the outbox row being sent to it, once it is known
-            self.queued = set()  # busy chats that something was queued for meanwhile
-            self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # of the latest sends
-            # In seconds since 1970: the last send that did not fail, the last hurry().
+            self.order = []  # a heap of Turn: at most one for each chat, none while busy
+            self.due = set()  # chats with a Turn in `order`
+            self.busy = {}  # chat with a sender: back_at at the start of the turn
+            self.sending = {}  # busy chat: the outbox row being sent, once claimed
+            self.queued = set()  # busy chats for which wake() was called meanwhile
+            self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # latest sends (ticks)
+            # In seconds since 1970: passed_at is the last send that did not fail, back_at the last
+            # hurry().
             self.passed_at = self.back_at = 0
-            self.slow = {}  # chat: until when it gets one message a second
-            self.refused = {}  # chat: until when it waits, of the 429s since a send passed
-            self.barred_until = 0  # the whole bot
+            self.slow = {}  # chat: until when the chat gets at most one message a second
+            self.refused = {}  # linked chat with a 429 since the last success: end of its pause
+            self.barred_until = 0  # end of a pause of the whole bot
             for chat_id, again in queues:
                 self.put(chat_id, again)
             self.changed.notify_all()
 
     def put(self, chat_id, again):
-        """Note when a chat's turn comes. The caller holds the lock.
+        """Schedule a chat's turn, unless the chat has one already. The caller holds the lock.
 
-        What is queued for a chat whose turn is to come changes nothing: it ends no pause.
+        A scheduled turn stays as it is: a new message must not end a pause.
         """
         if chat_id in self.due:
             return
@@ -523,7 +546,10 @@ class Turns:
             self.changed.notify()
 
     def wake(self, bot_id, chat_id):
-        """Something was queued for the chat."""
+        """Take note of something queued for a chat.
+
+        If the chat is busy, give_back() schedules the next turn.
+        """
         with self.changed:
             if chat_id in self.busy:
                 self.queued.add(chat_id)
@@ -531,9 +557,9 @@ class Turns:
                 self.put(chat_id, Again(0, "early"))
 
     def take(self, wait_seconds=0):
-        """Return the chat whose turn it is, or None if no turn comes in time.
+        """Take the first turn that is due. Returns its chat, or None if no turn comes in time.
 
-        The chat must be given back. At most SENDERS are being sent to.
+        The caller must call give_back() for the chat. At most SENDERS chats are busy at a time.
         """
         ends_at = time.monotonic() + wait_seconds
         with self.changed:
@@ -541,7 +567,7 @@ class Turns:
                 is_any = self.order and len(self.busy) < SENDERS
                 due_at = max(
                     self.order[0].due_at if is_any else math.inf,
-                    # So many at once in each such time make SENDS_PER_SECOND.
+                    # At most SENDS_BURST sends in SENDS_BURST / SENDS_PER_SECOND seconds.
                     self.sent_at[0] + SENDS_BURST / SENDS_PER_SECOND,
                     self.barred_until,
                 )
@@ -558,9 +584,10 @@ class Turns:
         return None
 
     def claim(self, chat_id, delivery):
-        """Note which delivery the sender that has this chat's turn is about to send.
+        """Reserve a delivery for the sender that has this chat's turn.
 
-        Returns False if another sender has it in flight: the account moved to another chat.
+        Returns False if another sender has the delivery in flight: the account moved from the other
+        sender's chat to this chat meanwhile.
         """
         with self.changed:
             if delivery["id"] in [row["id"] for row in self.sending.values()]:
@@ -577,7 +604,10 @@ class Turns:
             )
 
     def give_back(self, chat_id, again):
-        """The sender is done with the chat. `again` is None when all is said."""
+        """End a chat's turn. `again` tells when the next turn comes; None if the queue is empty.
+
+        If hurry() was called during the turn, a failed send is retried within a second.
+        """
         with self.changed:
             began_at = self.busy.pop(chat_id, self.back_at)
             delivery = self.sending.pop(chat_id, None)
@@ -597,10 +627,11 @@ class Turns:
             self.changed.notify_all()
 
     def note_refusal(self, delivery, until):
-        """Telegram told the chat of a delivery to wait. The caller holds the lock.
+        """Note that Telegram rate-limited the chat of a delivery. The caller holds the lock.
 
-        When it tells some linked chats in a row it means the bot: all wait for the shortest of
-        them. Chats that are not linked do not count, since anybody can have many.
+        Once REFUSALS linked chats in a row are rate-limited, the limit must be the bot's: all chats
+        wait until the shortest of the REFUSALS pauses ends. Unlinked chats do not count, since
+        anybody can open many chats.
         """
         chat_id = delivery["chat_id"]
         self.slow = {chat: ends_at for chat, ends_at in self.slow.items() if ends_at > ticks()}
@@ -614,7 +645,10 @@ class Turns:
             self.barred_until = min(latest)
 
     def hurry(self):
-        """Telegram is back: what waited for that is due now. Whom it told to wait, waits."""
+        """Make failed sends due now, since Telegram answers again.
+
+        Rate-limited chats keep their pause.
+        """
         with self.changed:
             self.order = sorted(
                 turn._replace(due_at=ticks()) if turn.why == "failed" else turn
@@ -628,10 +662,10 @@ turns = Turns()
 
 
 class news:
-    """Whether something was committed, for the one thread that looks after waiting requests."""
+    """Tell the serving thread, which keeps the waiting requests, that there was a commit."""
 
     is_new = False
-    wake = staticmethod(lambda: None)  # wakes that thread
+    wake = staticmethod(lambda: None)  # wakes the serving thread
 
 
 # --- Store ----------------------------------------------------------------------------------------
