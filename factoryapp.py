@@ -35,10 +35,29 @@ Rooms of the file, in order; a room uses only the rooms above:
   Outbox    queue, deliver one, one round, all    Main     read settings, start, serve, stop
   Bot       the conversation and both transports
 
-To add a setting, change Settings, read_arguments(), read_settings() and README.
-To add a route, change Routes alone: OpenAPI is generated from the routes.
-To add a column, change schema.sql (for older databases too), SCHEMA_VERSION and the Store.
-To add a sentence of the bot, change Texts.
+Words:
+  round            the requests that arrived together and are committed together
+  worker pool      threads for requests that would hold up the serving thread
+  waiting request  a long poll: answered when there is news for its user, or when its time is over
+  message          a text from one user to another, or to oneself (a note)
+  delivery         a row of the outbox: one Telegram message to be sent
+  own copy         a delivery to the sender of a message to somebody else
+  turn             the moment at which a chat may be sent the next delivery
+  transport        Telegram or the terminal (class Home)
+  link token       the one-time token that links a chat to an account
+  scheduled        a message with a send_at in the future, in a table of its own until then
+
+How to add:
+  - A setting: Settings, read_arguments(), read_settings() and README.
+  - A route: Routes alone, since OpenAPI is generated from the routes. A route that hashes, writes
+    much or writes in a GET needs @waits(), or everybody waits for it.
+  - A field of a message: the last column of its table in schema.sql, an ALTER TABLE there for
+    databases of today's version, SCHEMA_VERSION, SELECT_MESSAGE, A_MESSAGE and README. A field that
+    is known before send_at is a column of the table scheduled too.
+  - A change of the data that a list shows: nothing. The triggers of schema.sql count it, for ETags
+    and waiting requests, whoever writes. A new table whose rows a list shows needs triggers.
+  - A sentence of the bot: Texts. A second language: Texts, and a language of each user to choose
+    by: queue_text() and relay() put the sentences together, receive() answers without a user.
 
 Run the server with `python factoryapp.py`; `--help` lists the settings. Without a bot token, the
 bot talks in the terminal.
