@@ -688,36 +688,36 @@ class news:
 
 
 # --- Store ----------------------------------------------------------------------------------------
-# One connection a thread. Functions take `db` first, so that the caller's `with transaction() as
-# db:` shows what is atomic. A `chat` is (bot id, chat id).
+# Each thread has its own connection. Functions take `db` first, so that the caller's `with
+# transaction() as db:` shows the extent of a transaction. A `chat` is (bot id, chat id).
 
 
 class AlreadyRunning(BadSetting):
-    """Another process has the database."""
+    """Another process has locked the database."""
 
 
 class Connection(sqlite3.Connection):
-    """A thread's connection, with what its transaction has to remember until the commit."""
+    """The connection of one thread, with the state of the thread's transaction."""
 
-    queued_for: set  # (bot id, chat id) of the chats that something was queued for
+    queued_for: set  # chats to wake after the commit
 
     def wait_for_others(self, seconds):
-        """From now on wait so long for other processes."""
+        """Set for how many seconds a statement waits while other processes hold a lock."""
         self.execute(f"PRAGMA busy_timeout = {max(0, int(1000 * seconds))}")
 
     def run(self, sql, *values, **named):
         return self.execute(sql, values or named)
 
     def changes(self, sql, *values, **named):
-        """Execute a statement. Returns whether it changed a row."""
+        """Execute a statement. Returns True if exactly one row was changed."""
         return self.run(sql, *values, **named).rowcount == 1
 
     def one(self, sql, *values, **named):
-        """Return the first row, or None."""
+        """Execute a query. Returns the first row, or None."""
         return self.run(sql, *values, **named).fetchone()
 
     def list(self, sql, *values, **named):
-        """Return the first column of all rows."""
+        """Execute a query. Returns the first column of all rows."""
         return [row[0] for row in self.run(sql, *values, **named)]
 
     def insert(self, table, verb="INSERT", **row):
@@ -726,26 +726,29 @@ class Connection(sqlite3.Connection):
         return self.execute(f"{verb} INTO {table} ({names}) VALUES ({marks})", [*row.values()])
 
 
-# A list is bound as JSON, for json_each().
+# SQLite has no lists: a list is bound as JSON, for json_each().
 sqlite3.register_adapter(list, partial(json.dumps, ensure_ascii=False))
 
 
 class opened:
-    """The database's files, as this process knows them."""
+    """State of the database's files in this process."""
 
-    files = {}  # path: os.stat() of it once open_store() had opened it
+    files = {}  # path: os.stat() of the file, since open_store()
     commits = 0  # since the last checkpoint
     frames = 0  # in the write-ahead log at the last checkpoint
 
 
-# This thread's `db`, the `path` it is open on, its `patience`, the seconds it waits for others who
-# write, and the `answer` that it makes.
+# The state of each thread: `db`, the connection; `path`, the database that `db` is open on;
+# `patience`, the seconds to wait for other writers; `answer`, the Answer that the thread is making.
 local = threading.local()
 write_lock = threading.Lock()
 
 
 def is_outage(error):
-    """Whether the database fails, by a lock, a full disk, a bad file, and not what it was told."""
+    """Return whether the database failed, for example by a lock, a full disk or a bad file.
+
+    An IntegrityError is no outage: then the data broke a constraint.
+    """
     return isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
 
 
@@ -754,9 +757,9 @@ def patience():
 
 
 def check_files():
-    """Raise sqlite3.OperationalError when a file that we opened has lost its name.
+    """Raise sqlite3.OperationalError if a file of the open database was removed or replaced.
 
-    What is written to it is lost at the next start.
+    Anything written to such a file would be lost at the next start.
     """
     try:
         if all(os.path.samestat(os.stat(path), known) for path, known in opened.files.items()):
@@ -767,7 +770,10 @@ def check_files():
 
 
 def connect(mode):
-    """A new connection. Only open_store() makes the file: an empty one is no database."""
+    """Return a new connection to the database. `mode` is "ro" or "rw".
+
+    Neither mode creates the file, since an empty file is no database: only open_store() does.
+    """
     uri = f"file:{urllib.parse.quote(os.fsencode(settings.db))}?mode={mode}"
     db = sqlite3.connect(
         uri, uri=True, timeout=patience(), isolation_level=None, factory=Connection
@@ -777,7 +783,7 @@ def connect(mode):
 
 
 def connection():
-    """This thread's connection to the database, opened at first use."""
+    """Return this thread's connection to the database, opened at the first use."""
     if getattr(local, "path", None) != settings.db:
         local.db, local.path = connect("rw"), settings.db
         local.db.executescript(f"""
@@ -797,10 +803,11 @@ def connection():
 
 
 def transaction():
-    """One write, all or nothing, on disk when it ends; within another, a part that may fail alone.
+    """Return a context manager for a write that is stored whole or not at all.
 
-    Raises sqlite3.OperationalError when others write for too long, sqlite3.Error when it cannot be
-    stored: then nothing of it was.
+    The write is on disk when the context ends. Within another transaction, the write is a part that
+    may fail alone. Raises sqlite3.OperationalError if others write for too long, and sqlite3.Error
+    if the write cannot be stored: then nothing was stored.
     """
     db = connection()
     return savepoint(db) if db.in_transaction else outermost(db)
@@ -808,7 +815,7 @@ def transaction():
 
 @contextmanager
 def outermost(db):
-    """A transaction that is a part of no other."""
+    """Run a whole transaction. After the commit, wake senders and waiting requests."""
     db.queued_for = set()
     ends_at = ticks() + patience()
     if not write_lock.acquire(timeout=patience()):
@@ -816,7 +823,7 @@ def outermost(db):
     try:
         db.wait_for_others(ends_at - ticks())
         db.execute("BEGIN IMMEDIATE")
-        # Not before: it may have waited for seconds.
+        # Only after BEGIN: the files may have been replaced while BEGIN waited for other writers.
         check_files()
         yield db
         commit(db)
@@ -832,9 +839,9 @@ def outermost(db):
 
 @contextmanager
 def savepoint(db):
-    """A part of a transaction: when it fails, the rest stands.
+    """Run a part of a transaction: if the part fails, only the part is rolled back.
 
-    Unless SQLite has taken all back, as it does when the disk is full.
+    On some errors, such as a full disk, SQLite itself rolls back the whole transaction.
     """
     db.execute("SAVEPOINT part")
     try:
@@ -848,7 +855,7 @@ def savepoint(db):
 
 
 def commit(db):
-    """Bring a write to the disk. When it raises sqlite3.Error, nothing was stored."""
+    """Write a transaction to the disk. Raises sqlite3.Error: then nothing was stored."""
     with fsync_or_exit():
         db.execute("COMMIT")
     opened.commits += 1
@@ -858,10 +865,10 @@ def commit(db):
 
 @contextmanager
 def fsync_or_exit():
-    """End the process when the disk fails to store something.
+    """End the process if fsync() fails.
 
-    What memory holds can then no longer be trusted, since the kernel forgets what it could not
-    write (https://wiki.postgresql.org/wiki/Fsync_Errors).
+    The data in memory can then no longer be trusted, since the kernel drops data that could not be
+    written (https://wiki.postgresql.org/wiki/Fsync_Errors).
     """
     try:
         yield
@@ -873,10 +880,10 @@ def fsync_or_exit():
 
 
 def checkpoint(db):
-    """Copy the write-ahead log into the database, so that it starts anew.
+    """Copy the write-ahead log into the database, so that the log can start anew.
 
-    SQLite's own checkpoints keep a failing disk to themselves. Once the log is long, those who
-    read it are waited for a moment.
+    We checkpoint ourselves, because SQLite's automatic checkpoints report no disk errors. If the
+    log is long, RESTART waits up to WAL_RESTART_SECONDS for readers of the log.
     """
     mode = "RESTART" if opened.frames > WAL_LONG_FRAMES else "PASSIVE"
     opened.commits = 0
@@ -885,12 +892,12 @@ def checkpoint(db):
         with fsync_or_exit():
             opened.frames = db.one(f"PRAGMA wal_checkpoint({mode})")[1]
     except sqlite3.Error as error:
-        # The commit itself is safe in the log.
+        # The commit itself is safe in the write-ahead log.
         log.warning(f"the write-ahead log was not copied, and grows: {error}")
 
 
 def check_sqlite():
-    """Raise BadSetting where this Python's SQLite lacks what we need."""
+    """Raise BadSetting if the SQLite of this Python is too old for us."""
     if sqlite3.sqlite_version_info < (3, 37):
         found = f"this Python has {sqlite3.sqlite_version}: use another Python."
         raise BadSetting(f"SQLite 3.37 or newer is needed, and {found}")
@@ -905,8 +912,11 @@ def cannot_be_used(error):
 
 
 def has_another_name():
-    """Whether the database goes by another name, beside which others would look for its log."""
-    # Spelled as proc_pid_mountinfo(5) has it.
+    """Return whether the database has a second name, by a hard link or a mount.
+
+    A program that opens the second name would look for the write-ahead log beside that name.
+    """
+    # Escaped as in /proc/self/mountinfo, see proc_pid_mountinfo(5).
     path = os.fsencode(settings.db).replace(b"\\", rb"\134").replace(b" ", rb"\040")
     mounts = Path("/proc/self/mountinfo")
     is_mounted = mounts.exists() and b" %b " % path in mounts.read_bytes()
@@ -914,9 +924,9 @@ def has_another_name():
 
 
 def read_version(db):
-    """Return the version of the database's schema, 0 if it is empty.
+    """Return the version of the database's schema, or 0 if the database is empty.
 
-    Raises BadSetting if this program cannot use it.
+    Raises BadSetting if this program cannot use the database.
     """
     names = set(db.list("SELECT name FROM sqlite_master"))
     version = 0
@@ -938,9 +948,9 @@ def read_version(db):
 
 
 def check_store():
-    """Return the version of the database's schema, 0 if there is none yet. Changes nothing.
+    """Return the version of the database's schema, or 0 if there is no schema yet.
 
-    Raises BadSetting if the file that should be our database is something else.
+    Changes nothing. Raises BadSetting if this program cannot use the database.
     """
     for path in (settings.db + suffix for suffix in ("-wal", "-shm", ".lock")):
         if os.path.islink(path):
@@ -963,7 +973,10 @@ def check_store():
 
 
 def apply(db, schema, version):
-    """Execute schema.sql, as far as it is for a database of this version."""
+    """Execute schema.sql on a database of this version.
+
+    The parts "Up to version N" are for databases of the versions 1 to N only.
+    """
     for part in re.split("(?m)^(?=-- === )", schema):
         up_to = re.match(r"-- === Up to version (\d+)", part)
         if not up_to or 0 < version <= int(up_to[1]):
@@ -972,7 +985,10 @@ def apply(db, schema, version):
 
 
 def make_private(path):
-    """Let nobody but its owner read the file. Raises BadSetting where that is somebody else."""
+    """Let only the owner read and write the file.
+
+    Raises BadSetting if the file belongs to another user.
+    """
     try:
         os.chmod(path, 0o600)
     except PermissionError:
@@ -982,16 +998,16 @@ def make_private(path):
 
 
 def lock_database():
-    """Keep other processes off the database until the lock that this returns is closed.
+    """Lock the database against other processes. Returns the lock; close the lock to release it.
 
-    The lock is a small database beside it, since SQLite can lock on every system. Raises
-    BadSetting when another process has it.
+    The lock is a small database beside the real one, since SQLite can lock files on every system.
+    Raises AlreadyRunning if another process has the lock, BadSetting if locking fails.
     """
     path = settings.db + ".lock"
     try:
         with open(path, "ab"):
             make_private(path)
-        # Without patience, two that start at once refuse each other.
+        # Without a timeout, two processes that start at the same moment could refuse each other.
         lock = sqlite3.connect(path, timeout=0.3, isolation_level=None)
         lock.execute("BEGIN EXCLUSIVE")
     except OSError as error:
@@ -1007,9 +1023,9 @@ def lock_database():
 
 
 def open_store():
-    """Make the database, or bring it up to date. Raises BadSetting if that cannot be done."""
+    """Create the database, or update its schema. Raises BadSetting if either fails."""
     version = check_store()
-    # Through a symlink too.
+    # Resolved, since the program may be started through a symbolic link.
     path = Path(__file__).resolve().with_name("schema.sql")
     try:
         schema = path.read_text("utf-8")
@@ -1027,11 +1043,11 @@ def open_store():
         with transaction():
             apply(db, schema, version)
             db.insert("factoryapp", "REPLACE", id=1, schema_version=SCHEMA_VERSION)
-            # By which version 1.1.0 knows that this is not for it.
+            # Version 1.1.0 refuses a database with a higher user_version than its own.
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             key = secrets.token_bytes(SECRET_MIN_BYTES)
             db.insert("signing_key", "INSERT OR IGNORE", id=1, key=key)
-        # Without the -shm nothing is lost.
+        # Not the -shm: nothing is lost without the -shm, since SQLite rebuilds it from the -wal.
         opened.files = {path: os.stat(path) for path in paths[:2]}
         settings.key = settings.secret or db.one("SELECT key FROM signing_key")["key"]
     except (OSError, sqlite3.Error) as error:
@@ -1039,7 +1055,7 @@ def open_store():
 
 
 def add_user(db, username, password_hash):
-    """The new user's id. None when the name is taken, be it in another case."""
+    """Add a user. Returns the id, or None if the name is taken, in this or another case."""
     added = db.one(
         """
         INSERT INTO users (username, password, created_at, folded) VALUES (?, ?, ?, ?)
@@ -1053,7 +1069,7 @@ def add_user(db, username, password_hash):
     return added and added["id"]
 
 
-# The columns of a user, wherever one is read.
+# The columns of a user in every SELECT.
 USER = "users.id, username, password, changes"
 
 
@@ -1062,7 +1078,7 @@ def find_user(db, user_id):
 
 
 def find_user_by_name(db, username, folded=""):
-    """Return the user of this name or, where there is none, of this folded name, or None."""
+    """Return the user of exactly this name, or else of this case-folded name, or None."""
     return db.one(
         f"SELECT {USER} FROM users WHERE username = ? OR folded = ? ORDER BY username <> ?",
         username,
@@ -1072,7 +1088,7 @@ def find_user_by_name(db, username, folded=""):
 
 
 def list_accounts(db):
-    """Return all accounts by name, in words: (name, id, since, bot, linked since, state)."""
+    """Return (name, id, since, bot, linked since, state) of all accounts by name, all as text."""
     return db.run(
         """
         SELECT username, users.id || '', created_at,
@@ -1084,7 +1100,10 @@ def list_accounts(db):
 
 
 def set_password(db, user_id, old_hash, new_hash):
-    """Change the password: every token and key ends. Returns False if it was changed before."""
+    """Change a user's password, and end all tokens and keys of the user.
+
+    Returns False if the old hash is no longer the user's: another request changed the password.
+    """
     db.run("DELETE FROM link_tokens WHERE user_id = ?", user_id)
     db.run("DELETE FROM api_keys WHERE user_id = ?", user_id)
     return db.changes(
@@ -1093,17 +1112,17 @@ def set_password(db, user_id, old_hash, new_hash):
 
 
 def list_changes(db, user_ids):
-    """Return {id: changes} of these users."""
+    """Return {user id: changes} of the users with the given ids."""
     sql = "SELECT id, changes FROM users WHERE id IN (SELECT value FROM json_each(?))"
     return dict(db.run(sql, user_ids))
 
 
-# The columns of an API key that are answered.
+# The columns of an API key that clients see.
 KEY_COLUMNS = "id, name, created_at, expires_at, last_used_on"
 
 
 def add_key(db, user_id, name, key, expires_at):
-    """Store an API key by its hash. Returns it as it is answered."""
+    """Store the hash of a new API key. Returns the columns that clients see."""
     return db.one(
         f"""
         INSERT INTO api_keys (user_id, name, key_hash, created_at, expires_at)
@@ -1118,7 +1137,7 @@ def add_key(db, user_id, name, key, expires_at):
 
 
 def list_keys(db, user_id):
-    """Return a user's keys that have not expired, as they are answered."""
+    """Return the columns that clients see of a user's API keys that have not expired."""
     return db.run(
         f"""
         SELECT {KEY_COLUMNS} FROM api_keys
@@ -1130,7 +1149,7 @@ def list_keys(db, user_id):
 
 
 def find_key_user(db, key):
-    """Return the user of an API key, with its key_id, expires_at and last_used_on, or None."""
+    """Return an API key's user, with the key's key_id, expires_at and last_used_on, or None."""
     return db.one(
         f"""
         SELECT {USER}, api_keys.id AS key_id, expires_at, last_used_on
@@ -1146,7 +1165,7 @@ def delete_key(db, user_id, key_id):
 
 
 def set_keys_used(db, key_ids):
-    """Note that these were used today."""
+    """Note that the API keys with the given ids were used today."""
     db.run(
         """
         UPDATE api_keys SET last_used_on = ?
@@ -1158,7 +1177,7 @@ def set_keys_used(db, key_ids):
 
 
 def add_blacklisted_token(db, jti, expires_at):
-    """End a refresh token before its time."""
+    """End a refresh token before it expires."""
     db.insert("blacklisted_tokens", "REPLACE", jti=jti, expires_at=expires_at)
 
 
@@ -1171,7 +1190,7 @@ def sha256(text):
 
 
 def add_link_token(db, user_id, token, expires_at):
-    """Remember a link token by its hash; the user's earlier one is dead from now on."""
+    """Store the hash of a link token. The user's earlier link token ends."""
     token_hash = sha256(token)
     db.insert(
         "link_tokens", "REPLACE", user_id=user_id, token_hash=token_hash, expires_at=expires_at
@@ -1179,7 +1198,7 @@ def add_link_token(db, user_id, token, expires_at):
 
 
 def find_link_token_user(db, token):
-    """Return the token's user, or None if the token is wrong, used, replaced or too old."""
+    """Return a link token's user, or None if the token is unknown, used, replaced or expired."""
     return db.one(
         f"""
         SELECT {USER} FROM link_tokens JOIN users ON users.id = user_id
@@ -1191,7 +1210,7 @@ def find_link_token_user(db, token):
 
 
 def spend_link_token(db, token):
-    """The token is dead from now on. True when it was alive."""
+    """End a link token. Returns whether the token was still valid."""
     spent = db.one(
         "DELETE FROM link_tokens WHERE token_hash = ? RETURNING expires_at", sha256(token)
     )
@@ -1199,18 +1218,18 @@ def spend_link_token(db, token):
 
 
 def find_offset(db, bot_id):
-    """Which update the bot asks for next, None when that is not known."""
+    """Return the id of the update that the bot asks for next, or None if not known."""
     bot = db.one("SELECT next_update_id FROM bots WHERE id = ?", bot_id)
     return bot and bot["next_update_id"]
 
 
 def set_offset(db, bot_id, next_update_id):
-    """Remember which update the bot asks for next: those before it have been received."""
+    """Store the id of the next update to ask for: all earlier updates have been received."""
     db.insert("bots", "REPLACE", id=bot_id, next_update_id=next_update_id)
 
 
 def set_chat(db, chat, user_id, token):
-    """Let this chat, and no other, speak for this user, and for no other."""
+    """Link a chat and a user. Earlier links of the chat or of the user end."""
     bot_id, chat_id = chat
     db.insert(
         "chats",
@@ -1224,22 +1243,22 @@ def set_chat(db, chat, user_id, token):
 
 
 def delete_chat(db, chat):
-    """The chat speaks for nobody from now on."""
+    """Delete the link between a chat and its user."""
     db.run("DELETE FROM chats WHERE bot_id = ? AND chat_id = ?", *chat)
 
 
 def find_chat(db, user_id):
-    """(bot id, chat id) of the chat linked to the user, or None."""
+    """Return (bot id, chat id) of the chat linked to the user, or None."""
     return db.one("SELECT bot_id, chat_id FROM chats WHERE user_id = ?", user_id)
 
 
 def count_elsewhere(db, bot_id):
-    """How many accounts are linked to another bot than this."""
+    """Return how many accounts are linked to a chat of another bot."""
     return db.one("SELECT count(*) FROM chats WHERE bot_id <> ?", bot_id)[0]
 
 
 def find_chat_user(db, chat):
-    """Return the user the chat is linked to, with the token_hash that did it, or None."""
+    """Return the user that a chat is linked to, with the link token's token_hash, or None."""
     return db.one(
         f"""
         SELECT {USER}, token_hash FROM chats JOIN users ON users.id = user_id
@@ -1250,7 +1269,7 @@ def find_chat_user(db, chat):
 
 
 def add_heard(db, chat, message_id, text):
-    """Remember that a message was heard. Returns False if it was heard before."""
+    """Remember that a Telegram message was heard. Returns False if the message is known already."""
     bot_id, chat_id = chat
     heard = db.insert(
         "heard",
@@ -1265,7 +1284,10 @@ def add_heard(db, chat, message_id, text):
 
 
 def set_edited(db, chat, message_id, text):
-    """Note that a text has changed. False when it has not, was not heard, or had before."""
+    """Note that the text of a heard message was edited.
+
+    Returns True only for the first edit that changes the text of a message in `heard`.
+    """
     return db.changes(
         """
         UPDATE heard SET text_hash = NULL
@@ -1278,11 +1300,11 @@ def set_edited(db, chat, message_id, text):
 
 
 def add_message(db, **columns):
-    """Store a message, written now unless `columns` say otherwise. Returns its id."""
+    """Store a message, created now unless `columns` have a created_at. Returns the message's id."""
     return db.insert("messages", **{"created_at": iso(now()), **columns}).lastrowid
 
 
-# Messages as they are answered, in UTF-8, each after its id.
+# (id, JSON in UTF-8) of messages, the JSON as clients get it.
 SELECT_MESSAGE = """
     SELECT m.id AS id, CAST(json_object(
         'id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
@@ -1295,7 +1317,7 @@ SELECT_MESSAGE = """
 
 
 def of_scheduled(sql):
-    """Return the same query, of scheduled messages."""
+    """Rewrite a query on `messages` for the table `scheduled`. Returns the SQL."""
     return sql.replace("messages", "scheduled").replace("queued", "scheduled")
 
 
@@ -1306,18 +1328,18 @@ FIND_MESSAGE = f"""
 
 
 def find_message(db, message_id, user_id):
-    """Return a message's JSON, or None if there is none or it is not the user's.
+    """Return the JSON of a message that the user sent or received, or None.
 
-    A scheduled message is its sender's alone.
+    Only the sender of a scheduled message can find the message.
     """
     row = db.one(FIND_MESSAGE, id=message_id, user=user_id)
     return row[1] if row else None
 
 
 def find_new_id(db, message_id, user_id):
-    """Return the id that a scheduled message of the user's got when it was published.
+    """Return the new id of a published message, given the id under which the user scheduled it.
 
-    Any other id comes back as it is.
+    Any other id is returned unchanged.
     """
     row = db.one(
         "SELECT id FROM messages WHERE scheduled_id = ? AND sender_id = ?", message_id, user_id
@@ -1326,7 +1348,7 @@ def find_new_id(db, message_id, user_id):
 
 
 def find_other_user(db, message_id, user_id):
-    """Return the other person of a message that the user sent or received, or None."""
+    """Return the other user of a message that the user sent or received, or None."""
     return db.one(
         f"""
         SELECT {USER} FROM messages
@@ -1339,9 +1361,10 @@ def find_other_user(db, message_id, user_id):
 
 
 def find_choice(db, user_id, message_id, n):
-    """Return who asked a question that waits for the user, with the text of its choice n, or None.
+    """Return the user who asked a question, with the `text` of choice n of the question.
 
-    The text is None where there are fewer choices.
+    The `text` is None if there is no choice n. Returns None if the question was not sent to the
+    user `user_id`, was cancelled, or was answered with one of the choices.
     """
     return db.one(
         f"""
@@ -1356,10 +1379,10 @@ def find_choice(db, user_id, message_id, n):
 
 
 class Listing(NamedTuple):
-    """SQL for what is listed between the ids :after and :before, both excluded."""
+    """SELECT statements for a list of rows with ids between :after and :before, both excluded."""
 
     ids: str
-    rows: str  # (id, JSON in UTF-8)
+    rows: str  # selects (id, JSON in UTF-8), in order of id
 
 
 USERS = Listing(
@@ -1372,10 +1395,12 @@ USERS = Listing(
 
 
 def own_messages(*parts):
-    """The user's messages of which any of these is true: (index, condition).
+    """Return the Listing of the user's messages that meet any of some conditions.
 
-    Each part comes in the order of its index, so that they are merged and never sorted. The index
-    is named: newer versions of SQLite would take another, and read all of a user's messages.
+    Each part is (index, condition). No message may meet two conditions, or the message is listed
+    twice. Each index yields its part in order of id, so SQLite merges the parts without sorting.
+    The index is named, since newer versions of SQLite would choose another index and read all
+    messages of a user.
     """
     ids, rows = (
         " UNION ALL ".join(
@@ -1397,7 +1422,7 @@ OWN_MESSAGES_BY_DELIVERY = own_messages(
     ("recipient_delivery", f"{RECEIVED} {OF_DELIVERY}"),
 )
 OTHER = "(SELECT id FROM users WHERE username = :with)"
-# From oneself nothing is received.
+# A message to oneself counts as sent, not as received, or the message would be listed twice.
 SENT_TO = f"{SENT} AND m.recipient_id = {OTHER}"
 RECEIVED_FROM = f"m.recipient_id = :user AND m.sender_id = nullif({OTHER}, :user)"
 CONVERSATION = own_messages(("pair", SENT_TO), ("pair", RECEIVED_FROM))
@@ -1405,7 +1430,7 @@ CONVERSATION_BY_DELIVERY = own_messages(
     ("pair_delivery", f"{SENT_TO} {OF_DELIVERY}"),
     ("pair_delivery", f"{RECEIVED_FROM} {OF_DELIVERY}"),
 )
-# These are few, so that the other conditions need no index.
+# The index holds all columns of the conditions, so SQLite reads only the messages that match.
 OWN_ANSWERS = own_messages(
     (
         "answered",
@@ -1434,9 +1459,10 @@ OWN_SCHEDULED = Listing(
 
 
 def erase_some(db, user):
-    """Delete some of a user's messages or, once there are none, the user. Returns False then.
+    """Delete some messages of a user, or the user once no message is left.
 
-    With the user go the answers to others that are kept for retries.
+    Returns False once the user is deleted. The answers that are stored for retries of other users
+    are deleted too if they name the user as recipient.
     """
     some = f"DELETE FROM messages WHERE id IN ({OWN_MESSAGES.ids} LIMIT :most)"
     if db.run(some, user=user["id"], after=0, before=MAX_ID, most=PORTION_ROWS).rowcount:
@@ -1448,24 +1474,25 @@ def erase_some(db, user):
 
 
 def find_page_end(db, listing, page, order):
-    """The id of a page's last row and, if there are more, the next one's.
+    """Return [(id of a page's last row,), (id of the next row,)]; the next row may be missing.
 
-    The page has :limit rows: the first ("ASC") or the last ("DESC") of the listing.
+    The page has :limit rows, counted from the start ("ASC") or the end ("DESC") of the listing.
+    Returns an empty list if there are fewer than :limit rows.
     """
     end = f"ORDER BY id {order} LIMIT 2 OFFSET :limit - 1"
     return db.execute(f"{listing.ids} {end}", page).fetchall()
 
 
 def find_last_id(db, listing):
-    """Return the last id that a row of the listing's table was given, or 0."""
+    """Return the highest id ever given to a row of the listing's table, or 0."""
     table = "users" if listing is USERS else "messages"
     return db.one("SELECT max(seq) FROM sqlite_sequence WHERE name = ?", table)[0] or 0
 
 
 def list_rows(db, listing, page):
-    """The listing's rows, read as they are taken."""
+    """Return a cursor that reads the listing's rows lazily."""
     rows = db.cursor()
-    # Tuples: a list of 100 is a tenth faster.
+    # With tuples in place of sqlite3.Row, a list of 100 rows is a tenth faster.
     rows.row_factory = None
     return rows.execute(listing.rows, page)
 
@@ -1483,14 +1510,20 @@ HAS_QUEUED = """
 
 
 def has_waiting(db, sender_id, recipient_id, most, is_scheduled):
-    """Return whether so many messages of one to the other are scheduled, or else queued."""
+    """Return whether at least `most` messages from sender to recipient are queued.
+
+    With `is_scheduled`, scheduled messages count instead of queued ones.
+    """
     sql = of_scheduled(HAS_QUEUED) if is_scheduled else HAS_QUEUED
     last = db.one(sql, sender=sender_id, recipient=recipient_id, last=most - 1)
     return last is not None
 
 
 def cancel_message(db, message_id):
-    """Let no more of a message be sent. Returns False if something of it has been."""
+    """Cancel a queued message and delete its deliveries.
+
+    Returns False if the message is not queued, or if the recipient's copy was sent, even in part.
+    """
     is_cancelled = db.changes(
         """
         UPDATE messages SET delivery = 'cancelled'
@@ -1505,7 +1538,10 @@ def cancel_message(db, message_id):
 
 
 def add_scheduled(db, send_at, **columns):
-    """Store a message that is to be published. Returns its id, which no message has or gets."""
+    """Store a scheduled message. Returns the id.
+
+    The id comes from the sequence of `messages`, so that no message ever has the same id.
+    """
     (message_id,) = db.one(
         "UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'messages' RETURNING seq"
     )
@@ -1515,7 +1551,7 @@ def add_scheduled(db, send_at, **columns):
 
 
 def list_due_scheduled(db):
-    """Return the ids of some scheduled messages that are due, in their order."""
+    """Return the ids of up to PUBLISH_ROWS scheduled messages that are due, the earliest first."""
     return db.list(
         "SELECT id FROM scheduled WHERE send_at <= ? ORDER BY send_at, id LIMIT ?",
         iso(now()),
@@ -1524,12 +1560,15 @@ def list_due_scheduled(db):
 
 
 def set_send_at(db, message_id, send_at):
-    """Publish a scheduled message at another time."""
+    """Change the time at which a scheduled message is published."""
     db.run("UPDATE scheduled SET send_at = ? WHERE id = ?", iso(send_at), message_id)
 
 
 def delete_scheduled(db, message_id):
-    """Delete a scheduled message. Returns it, or None if it was published or cancelled before."""
+    """Delete a scheduled message. Returns its columns.
+
+    Returns None if the message has already been published or cancelled.
+    """
     return db.one(
         """
         DELETE FROM scheduled WHERE id = ? RETURNING
@@ -1540,18 +1579,19 @@ def delete_scheduled(db, message_id):
 
 
 def delete_all_scheduled(db, sender_id):
-    """Cancel what the sender has scheduled."""
+    """Delete all scheduled messages of a sender."""
     db.run("DELETE FROM scheduled WHERE sender_id = ?", sender_id)
 
 
-# What is deleted when it is old: {table: (its key, which rows are old)}.
+# Rows to delete when they are old: {table: (key columns, condition for an old row)}.
 FORGET = {
     "blacklisted_tokens": ("jti", "expires_at < :now"),
     "link_tokens": ("user_id", "expires_at < :now"),
     "api_keys": ("id", "expires_at < :now_iso"),
     "heard": ("bot_id, chat_id, message_id", "heard_at < :heard_before"),
     "idempotency_keys": ("user_id, key", "used_at < :used_before"),
-    # The first of those that do not wait: those behind them are not older.
+    # Only the first :most messages without a delivery in the outbox: ids are given in order of
+    # time, so the messages with higher ids are not older.
     "messages": (
         "id",
         """
@@ -1565,7 +1605,7 @@ FORGET = {
 
 
 def forget_some(db):
-    """Delete some of what is old. Returns False if there was nothing."""
+    """Delete up to PORTION_ROWS old rows of each table. Returns False if there were none."""
     values = {
         "now": now(),
         "now_iso": iso(now()),
@@ -1582,7 +1622,7 @@ def forget_some(db):
 
 
 def add_idempotency_key(db, user_id, key, request_hash, answer):
-    """Remember what a request with this key was answered."""
+    """Store the answer to a request with an Idempotency-Key, for retries of the request."""
     db.insert(
         "idempotency_keys",
         "REPLACE",
@@ -1595,9 +1635,9 @@ def add_idempotency_key(db, user_id, key, request_hash, answer):
 
 
 def find_idempotency_key(db, user_id, key):
-    """(request hash, answer) of the user's request with this key, or None.
+    """Return (request hash, answer) of the user's earlier request with this key, or None.
 
-    A key counts for a day.
+    A key is valid for IDEMPOTENCY_SECONDS.
     """
     return db.one(
         """
@@ -1611,25 +1651,28 @@ def find_idempotency_key(db, user_id, key):
 
 
 def add_delivery(db, chat, **columns):
-    """Queue one Telegram message."""
+    """Queue one Telegram message for a chat."""
     bot_id, chat_id = chat
     db.insert("outbox", bot_id=bot_id, chat_id=chat_id, queued_at=now(), **columns)
     db.queued_for.add((bot_id, chat_id))
 
 
 def list_queue(db, chat):
-    """The ids of the deliveries that are queued for a chat."""
+    """Return the ids of the deliveries that are queued for a chat, in order."""
     return db.list("SELECT id FROM outbox WHERE bot_id = ? AND chat_id = ? ORDER BY id", *chat)
 
 
 def portions(ids):
-    """Yield the ids in short lists: SQLite keeps in memory all that one statement changes."""
+    """Yield the ids in lists of at most PORTION_ROWS.
+
+    SQLite keeps in memory all rows that one statement changes.
+    """
     for start in range(0, len(ids), PORTION_ROWS):
         yield ids[start : start + PORTION_ROWS]
 
 
 def move_queue(db, chat, to_chat):
-    """What is queued for a chat is queued for another from now on."""
+    """Move the queued deliveries of a chat to another chat."""
     for ids in portions(list_queue(db, chat)):
         db.run(
             """
@@ -1643,11 +1686,12 @@ def move_queue(db, chat, to_chat):
 
 
 def list_queues(db, bot_id):
-    """Return (chat id, Again) for each chat with something queued.
+    """Return (chat id, Again) for each chat with queued deliveries.
 
-    The clock may have been set back, so no chat waits longer than the pause after its last try.
+    The clock may have been set back, so no chat waits longer than the pause after its last attempt.
     """
-    # SQLite takes due_at, pause and error from the row of the maximum: the one tried last.
+    # With max(), SQLite takes due_at, pause and error from the row of the maximum: the delivery
+    # that was tried last.
     queues = db.run(
         """
         SELECT chat_id, max(due_at - pause), max(0, min(due_at - :now, pause)),
@@ -1662,12 +1706,16 @@ def list_queues(db, bot_id):
 
 
 def list_queued_chats(db, bot_id):
-    """Return the ids of the chats for which something is queued."""
+    """Return the ids of the chats with queued deliveries."""
     return db.list("SELECT DISTINCT chat_id FROM outbox WHERE bot_id = ?", bot_id)
 
 
 def find_head(db, bot_id, chat_id):
-    """Return the delivery that is next in a chat, with more that a sender asks, or None."""
+    """Return the first delivery in a chat's queue, or None.
+
+    The row also has is_linked, true if the chat is linked to a user; choices, the JSON array of
+    buttons below the text; and replied_id, the id of the Telegram message to reply to.
+    """
     return db.one(
         """
         SELECT outbox.*,
@@ -1687,14 +1735,15 @@ def find_head(db, bot_id, chat_id):
 
 
 def count_waiting(db, bot_id):
-    """(how many deliveries of the bot are queued, since when the oldest is, or None).
+    """Return (number of the bot's queued deliveries, queued_at of the oldest or None).
 
-    In seconds since 1970.
+    The time is in seconds since 1970.
     """
     return db.one("SELECT count(*), min(queued_at) FROM outbox WHERE bot_id = ?", bot_id)
 
 
-# Was an earlier part of a text given up, the copy has failed, and stays so.
+# If an earlier part was given up, the message has failed already. Sending the last part does not
+# change that: only a queued message becomes sent.
 SETTLE_SENT = (
     "DELETE FROM outbox WHERE id = :id",
     """
@@ -1710,19 +1759,28 @@ ADD_RELAYED = """
 
 
 def settle_sent(db, delivery, telegram_message_id):
-    """Delete a delivery that was sent, and remember what a reply to it would answer."""
+    """Delete a delivery that was sent, and mark the message as sent after its last part.
+
+    Remember which message the Telegram message shows, so that a reply finds the message.
+    """
     values = {**delivery, "telegram_message_id": telegram_message_id}
     for statement in (*SETTLE_SENT, ADD_RELAYED):
         db.execute(statement, values)
 
 
 def add_relayed(db, **columns):
-    """Remember which message a person's Telegram message, if it has an id, has become."""
+    """Remember which message a user's Telegram message has become.
+
+    Does nothing if the telegram_message_id is None.
+    """
     db.run(ADD_RELAYED, **columns)
 
 
 def settle_later(db, delivery, pause, error, is_missing):
-    """Let a delivery that failed for now be due again after a pause, in seconds."""
+    """Note a failed attempt of a delivery, to be retried after a pause in seconds.
+
+    `is_missing` is true if Telegram answered that there is no such chat.
+    """
     db.run(
         """
         UPDATE outbox SET attempts = attempts + 1, pause = :pause, due_at = :now + :pause,
@@ -1739,9 +1797,9 @@ def settle_later(db, delivery, pause, error, is_missing):
 
 
 def delete_deliveries(db, ids):
-    """Let these never be sent. Returns what they were.
+    """Delete deliveries without sending them.
 
-    (message id, whether it was the sender's own copy, what it was in words) of each.
+    Returns (message id, whether it was the sender's own copy, description for the log) of each.
     """
     return db.run(
         """
@@ -1755,9 +1813,9 @@ def delete_deliveries(db, ids):
 
 
 def fail_messages(db, message_ids, reason):
-    """Their copies were given up.
+    """Mark messages as failed, because their recipients' copies were given up.
 
-    (sender id, recipient id) of each of which that was not known.
+    Returns (sender id, recipient id) of each message that had not failed before.
     """
     return db.run(
         """
@@ -1771,7 +1829,7 @@ def fail_messages(db, message_ids, reason):
 
 
 def find_relayed(db, chat, telegram_message_id):
-    """Return (message_id,) of the message that this Telegram message shows, or None."""
+    """Return (message_id,) of the message that a Telegram message shows, or None."""
     return db.one(
         """
         SELECT message_id FROM relayed
