@@ -5070,50 +5070,65 @@ def show_openapi():
 
 
 # --- Server ---------------------------------------------------------------------------------------
-# Rounds, worker pools, limits: the one room that knows waitress. To read it alone, know this: `with
-# transaction()` takes the write lock, for which it waits `local.patience` seconds, commits at its
-# end, and raises sqlite3.Error if either fails or if what was written is gone. Within another it is
-# a part of that, which may fail alone. A route answers its own failures, so none ends a round. A
-# route that is declared for a worker pool raises Elsewhere in any other place, before anything of
-# it has run.
+# Rounds, worker pools, waiting requests, limits: the one room that knows waitress.
 #
-# Only the serving thread touches sockets and channels. A worker thread is given an answer to make,
-# with its request, and gives it back. Of a long list it makes one piece at a time, once the client
-# has read the one before: no thread waits for a client, and no more than a piece is kept for one.
+# Threads: only the serving thread touches sockets and channels. A pool's thread gets an Answer to
+# make and gives the Answer back. No thread waits for a client: the next piece of a long list is
+# made when the client has read the piece before, so at most one piece is kept for a client.
+#
+# If the commit of a round fails, nothing of the round is stored, and each 2xx becomes a 503 with
+# Retry-After; a refusal (4xx, 5xx) is sent unchanged. If the round cannot begin, because another
+# writer holds the lock, each request moves to a worker pool and waits there for the lock, until
+# PATIENCE_SECONDS after the request arrived; then the answer is 503. In a pool, a request is
+# committed alone, and answered 503 if the commit fails. After a failed fsync the process ends.
+#
+# On SIGTERM, each waiting request (long poll) is answered at once, as if the wait were over.
+# Requests in a pool and long lists have STOP_SECONDS / 2 to finish. Requests that arrive later are
+# not served, and bytes that are still unsent at the end are lost.
+#
+# A client that reads nothing is closed after STUCK_SECONDS. The client is closed earlier if a new
+# client needs the connection, or if all unsent answers together have more than UNSENT_BYTES and
+# the client's answer is the largest. Meanwhile no further request of the client is served.
+#
+# From other rooms: `with transaction()` takes the write lock, waiting up to `local.patience`
+# seconds, and commits at the end. transaction() raises sqlite3.Error if the lock or the commit
+# fails, or if the database file was removed or replaced. Within another transaction, transaction()
+# is a part that may fail alone. A route's own failure is an answer (500, 503) and does not end the
+# round. A route that declares a pool raises Elsewhere in any other place, before any effect.
 #
 # Names of waitress that its documentation does not promise (requirements.txt names the version):
 #   HTTPRequestParser: received, parse_header, header_plus, body_rcv, completed, error, headers,
 #     expect_continue, chunked, command, path, query, version, connection_close, get_body_stream
-#   its errors: ParsingError, BadRequest, InternalServerError; code, reason, body
+#   errors: ParsingError, BadRequest, InternalServerError, with code, reason, body
 #   TcpWSGIServer: application, channel_class, adj, pull_trigger, handle_accept
-#   wasyncore is what asyncore was, as Python 3.11 documents it.
-# Of telebot, the Bot leans on apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session; of
-# urllib3 on create_connection and HAS_IPV6 of urllib3.util.connection; end() on unfinished_tasks of
-# queue.Queue.
+#   wasyncore is a copy of asyncore, which Python 3.11 documents.
+# Other undocumented names in use: apihelper.API_URL, CUSTOM_REQUEST_SENDER and _get_req_session of
+# telebot (Bot); create_connection and HAS_IPV6 of urllib3.util.connection (Bot); unfinished_tasks
+# of queue.Queue (end()).
 
 
-# Threads of each worker pool. None waits behind what is slower or more: a login not behind
-# registrations, a piece of a long list not behind requests that wait for other writers, /health/
-# behind nothing.
+# Threads of each worker pool. Each kind of work has a pool, so as not to queue after slower or more
+# frequent work: a login never waits for registrations, a piece of a long list never waits for
+# requests that need the write lock, and /health/ waits for nothing.
 POOLS = {"patient": 3, "lists": 2, "hashing": HASHES_AT_ONCE, "registering": 1, "health": 1}
 
 
-TLS_HANDSHAKE = b"\x16"  # how a client that speaks TLS begins (RFC 8446, section 5.1)
+TLS_HANDSHAKE = b"\x16"  # first byte of a TLS client (RFC 8446, section 5.1)
 
 
 class NotStored:
-    """The error, as waitress has errors, of a round that was lost or a request that waited long."""
+    """Refuse with 503, in the form of waitress's errors: a commit failed or a wait was too long."""
 
     code, reason, body = 503, "Service Unavailable", ""
 
 
 class StrictRequest(HTTPRequestParser):
-    """A request that refuses what others might read in another way.
+    """Parse a request, and refuse any that a proxy might read in another way.
 
     RFC 9112, sections 2.2 and 6.1.
     """
 
-    command = "GET"  # of what is not HTTP
+    command = "GET"  # until a request line has been parsed
 
     def received(self, data):
         is_header = self.body_rcv is None
@@ -5122,19 +5137,19 @@ class StrictRequest(HTTPRequestParser):
             return len(data)
         taken = super().received(data)
         if self.completed or taken < len(data):
-            # Refused, without a body, or it is there already: 100 would make us wait for more.
+            # No 100 Continue: the request is complete, or the body has begun to arrive.
             self.expect_continue = False
         return taken
 
     def parse_header(self, header_plus):
         header = header_plus.replace(b"\t", b" ")
         if b" " * 100 in header or b"\r\n " in header or b"\0" in header:
-            # Long blanks take waitress quadratic time, of which folding makes more.
+            # waitress takes quadratic time for a long run of blanks, and unfolding makes long runs.
             raise ParsingError("a header is not folded, and has no NUL and no long blanks")
         try:
             super().parse_header(header_plus)
         except ValueError:
-            # Of an address that is none, and of numbers with thousands of digits.
+            # urlsplit() refused the address, or int() a number of thousands of digits.
             raise ParsingError("the address or Content-Length is invalid") from None
         codings = re.findall(rb"\ntransfer-encoding:([^\r\n]*)", header.lower())
         if codings and [coding.strip(b" ") for coding in codings] != [b"chunked"]:
@@ -5142,7 +5157,7 @@ class StrictRequest(HTTPRequestParser):
         is_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if is_twice or "TRANSFER_ENCODING" in self.headers:
             raise ParsingError("send Content-Length or, in HTTP/1.1, Transfer-Encoding, not both")
-        # A list of words (RFC 9110, section 7.6.1).
+        # Connection is a list of words (RFC 9110, section 7.6.1); waitress compares the whole text.
         words = re.findall("[^, \t]+", self.headers.get("CONNECTION", "").lower())
         ends = self.version != "1.1" and "keep-alive" not in words
         self.connection_close = ends or "close" in words
@@ -5150,31 +5165,39 @@ class StrictRequest(HTTPRequestParser):
 
 @lru_cache(1)
 def http_date(second):
-    """A time as the Date header has it (RFC 9110, section 5.6.7)."""
+    """Return a time as the Date header has it, cached for a second (RFC 9110, section 5.6.7)."""
     return email.utils.formatdate(second, usegmt=True)
 
 
 class Answer:
-    """The answer to a request: calls the app as a WSGI server does (PEP 3333).
+    """Make the answer to one request, calling the app as a WSGI server does (PEP 3333).
 
-    One thread at a time makes it.
+    One thread at a time makes an answer: the serving thread, or a thread of a pool. The bytes to be
+    sent next are in `written`. If the round's commit fails, refuse(NotStored) replaces a 2xx by a
+    503. On SIGTERM, a waiting request gets waits_until = 0 and is re-run, and so answered at once.
+    While a client reads nothing, go_on() is not called, and the rest of a long list is not made.
     """
 
-    pool = None  # where it is made, None: in a round
-    pieces = None  # an iterator of what is still to be made of its body
-    waits_until = None  # in ticks, for news
-    user_id = "-"  # who has signed in
+    pool = None  # name of the pool that makes the answer; None in a round, or NO_ROUND
+    pieces = None  # iterator of the body's pieces that are not made yet
+    waits_until = None  # end of a long poll, in ticks; 0: answer at once; None: not known yet
+    user_id = "-"  # the signed-in user, for the log
 
     def __init__(self, channel, request):
         self.asker, self.request, self.addr = channel, request, channel.addr
         self.arrived_at = time.monotonic()
 
     def make(self, pool=None):
-        """Make it from its beginning. Raises Elsewhere, WaitForNews."""
+        """Serve the request from its beginning: set `status`, `headers`, `written` and `pieces`.
+
+        Raises Elsewhere if another pool has to serve the request, and WaitForNews if the request
+        has to wait. In both cases make() is called again later.
+        """
         local.answer, self.pool = self, pool
         error = self.request.error
         if pool:
-            # Only the serving thread loses no wake-up, so nothing waits for news in a pool.
+            # Never wait for news in a pool: there, a commit between reading the changes and
+            # waiting would go unnoticed.
             self.waits_until = 0
             local.patience = PATIENCE_SECONDS + self.arrived_at - time.monotonic()
             if local.patience <= 0:
@@ -5200,9 +5223,9 @@ class Answer:
             log.info(f"{self.request.command} {path} {self.status[:3]} {took}, {who}")
 
     def make_environ(self):
-        """Return what WSGI tells of a request, as far as Bottle and our routes ask for it."""
+        """Return the WSGI environ, with no more than Bottle and our routes read."""
         request, stream = self.request, self.request.get_body_stream()
-        # What was read of its body elsewhere is read again.
+        # A request that is re-run reads the body again.
         stream.seek(0)
         environ = {
             "REQUEST_METHOD": request.command.upper(),
@@ -5219,16 +5242,16 @@ class Answer:
         return environ
 
     def start(self, status, headers, exc_info=None):
-        """Take the status line and the headers, as WSGI's start_response."""
+        """Keep the status line and the headers: WSGI's start_response."""
         self.status, self.headers = status, headers
 
     def make_head(self):
         """Return the status line and the headers, in bytes.
 
-        The connection closes after an answer of unknown length.
+        An answer without Content-Length closes the connection.
         """
         headers = {
-            # An answer is nobody else's, and nothing but what it says it is.
+            # No cache may keep one user's data, and no browser may guess a content type.
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
             "Date": http_date(int(time.time())),
@@ -5246,7 +5269,7 @@ class Answer:
         return f"HTTP/1.{is_1_1:d} {self.status}\r\n{lines}\r\n".encode("latin-1")
 
     def refuse(self, error):
-        """Take this refusal in place of what was made, and close the connection after it."""
+        """Replace the answer by this refusal, after which the connection closes."""
         body = encode_json(
             {"detail": PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")}
         )
@@ -5261,12 +5284,12 @@ class Answer:
         self.written = self.make_head() + body
 
     def go_on(self):
-        """Make its next piece, or its end."""
+        """Make the next piece of a long list, or the end of the list."""
         piece = b""
         try:
             self.written = piece = next(self.pieces, b"")
             if self.request.version == "1.1":
-                # An empty chunk is the last one.
+                # An empty chunk ends the body.
                 self.written = b"%x\r\n%b\r\n" % (len(piece), piece)
         except Exception:
             log.exception(f"{self.request.path!r} failed in the middle of an answer, which is cut")
@@ -5274,7 +5297,7 @@ class Answer:
             self.pieces = None
 
 
-# A channel's states. Only the serving thread moves it: a pool's thread makes its answer, no more.
+# A channel's states. Only the serving thread changes them: a pool's thread only makes answers.
 #
 #         handle_read()      handle_read()             let_go()
 #     idle --------> reading ------------> in a round --------> sending
@@ -5287,20 +5310,30 @@ class Answer:
 #      |                |           end_waiting()     +-------------+  |
 #      |                |              handle_write(), a list goes on  |
 #      +----------------+----------------------------------------------+
-#          handle_write(), all is sent: reading, if something is unread
+#          handle_write(), all is sent: reading, if `unread` holds bytes
 #
-# close_slow() closes it when it is too long in a state (closes_at), handle_accept() when another
-# client needs its place.
+# close_slow() closes a channel that stays too long in a state (closes_at), let_in() a channel whose
+# place another client needs, bound_unsent() the channel with most to send.
 
 
 class Channel(wasyncore.dispatcher):
-    """One client's connection: a request is read, answered, the answer sent, then the next."""
+    """Hold one client's connection: read a request, send the answer, then read the next request.
 
-    request = None  # as far as it is read
-    answer = None  # that is being made
-    unread = b""  # what the client has sent after that
-    unsent = b""  # of the answer
-    is_ending = False  # it is closed once that is sent
+    A success is sent after the commit of the round; if the commit fails, let_go() sends 503
+    instead. On SIGTERM, a waiting request is answered at once, and an answer in a pool has
+    STOP_SECONDS / 2 to be made.
+
+    While a client reads nothing, one answer or one piece of a long list stays in `unsent`, and no
+    request is read. close_slow() closes the channel once STUCK_SECONDS pass without a byte sent;
+    let_in() and bound_unsent() may close the channel earlier. An answer that fits into the kernel's
+    buffer (SEND_BUFFER_BYTES) counts as sent, even if the client never reads.
+    """
+
+    request = None  # the StrictRequest that is still arriving
+    answer = None  # the Answer that is not wholly made yet
+    unread = b""  # received bytes that are not parsed yet
+    unsent = b""  # bytes of the answer that the socket has not accepted yet
+    is_ending = False  # close when `unsent` is sent
 
     def __init__(self, server, sock, addr, adj, map):
         super().__init__(sock, map)
@@ -5309,13 +5342,14 @@ class Channel(wasyncore.dispatcher):
         self.begin_idling()
 
     def begin_idling(self):
-        # When it connected, became idle, or began to ask; not when it pipelined one request more.
+        # When the client connected, became idle, or began a request while idle. A pipelined request
+        # does not renew `since`.
         self.since = time.monotonic()
         self.closes_at = self.since + IDLE_SECONDS
 
     def readable(self):
         if self.answer:
-            # A waiting client is read as well, or nobody would notice that it left.
+            # Read during a long poll as well, or nobody would notice that the client has left.
             return self.answer in self.server.waiting and len(self.unread) < self.adj.recv_bytes
         return not (self.unread or self.unsent)
 
@@ -5335,9 +5369,12 @@ class Channel(wasyncore.dispatcher):
             self.since = time.monotonic()
 
     def read(self):
-        """Read a request, as far as it is there. What comes after it waits until it is answered."""
+        """Parse the received bytes, up to the end of one request.
+
+        Bytes after the request stay in `unread` until the answer is sent.
+        """
         if not (self.request or self.answer):
-            # Blank lines are nothing.
+            # Blank lines before a request are allowed (RFC 9112, section 2.2).
             self.unread = self.unread.lstrip()
         while self.unread and not self.answer:
             if not self.request:
@@ -5355,7 +5392,7 @@ class Channel(wasyncore.dispatcher):
             self.handle_write()
 
     def let_go(self, is_stored=True):
-        """Send what is made of the answer. A success whose round was lost becomes a 503."""
+        """Send the made part of the answer. If the commit failed, a 2xx becomes a 503."""
         answer = self.answer
         if not self.connected:
             return
@@ -5370,7 +5407,10 @@ class Channel(wasyncore.dispatcher):
             self.server.bound_unsent()
 
     def handle_write(self):
-        """Send what can be sent. If that is all, go on with the answer, or with what is unread."""
+        """Send as many bytes as the socket accepts.
+
+        When all are sent, close, or have the next piece made, or read the next request.
+        """
         try:
             sent = self.send(self.unsent)
         except OSError as error:
@@ -5395,17 +5435,19 @@ class Channel(wasyncore.dispatcher):
     def handle_close(self):
         self.server.channels.discard(self)
         self.server.waiting.pop(self.answer, None)
-        # It refers back: only the garbage collector would end that.
+        # The answer refers to the channel: without this line only the garbage collector would
+        # free the two.
         self.answer = None
         self.close()
 
-    # Urgent data is no HTTP, and poll() would tell of it again and again.
+    # HTTP has no urgent data, and poll() would report urgent data again and again.
     handle_expt = handle_close
 
     def has_held_on(self, at):
-        """Return for how many seconds, as far as that counts when others need its place.
+        """Return the seconds since `since`, less a bonus, for find_longest() to compare.
 
-        A client that is answered has some time, and a second more than one that has just connected.
+        The bonus is ANSWER_SECONDS in the first second after `since`, and ANSWER_SECONDS + 1 while
+        an answer is being made or sent.
         """
         seconds = at - self.since
         if self.unsent or (self.answer and self.answer not in self.server.waiting):
@@ -5414,7 +5456,7 @@ class Channel(wasyncore.dispatcher):
 
 
 class FairQueue(queue.Queue):
-    """A queue of answers in which the addresses take turns, whatever one of them asks.
+    """Queue a pool's answers, so that client addresses take turns however much each one asks.
 
     None in place of an answer tells a thread of the pool to end.
     """
@@ -5437,11 +5479,17 @@ class FairQueue(queue.Queue):
 
 
 class Server(TcpWSGIServer):
-    """waitress on a listening socket, with our rounds, worker pools, limits and JSON errors.
+    """Serve HTTP on a listening socket: waitress with our rounds, pools, limits and JSON errors.
 
-    What arrived together is a round: it is served on one thread, since handing a request to
-    another costs more than serving it, and committed once. What would hold that thread up goes to
-    a worker pool, whose threads may wait.
+    Requests that arrived together are a round: served on one thread, because handing a request to
+    another thread costs more than serving the request, and committed once. A request that would
+    hold up the serving thread goes to a worker pool, whose threads may wait.
+
+    If a round's commit fails, each success of the round is sent as 503, and nothing is stored
+    (serve_writers). On SIGTERM, waiting requests are answered at once, and requests in a pool have
+    STOP_SECONDS / 2 to finish (serve). A client that reads nothing is closed after STUCK_SECONDS
+    (close_slow), or earlier if a new client needs the connection (let_in) or too many bytes are
+    unsent (bound_unsent).
     """
 
     channel_class = Channel
@@ -5449,17 +5497,17 @@ class Server(TcpWSGIServer):
     def __init__(self, sock):
         self.channels = set()
         self.arrived = deque()  # answers to be made
-        self.made = deque()  # answers that came back from a pool
-        self.waiting = {}  # answer that waits for news: its user, as it was then
+        self.made = deque()  # answers, or pieces of answers, that a pool has made
+        self.waiting = {}  # {Answer of a waiting request: the user as read when the wait began}
         news.wake = self.pull_trigger
         self.is_ending = self.is_asked = False
-        self.map = {}  # what is polled
+        self.map = {}  # {descriptor: channel, server or trigger}, for wasyncore
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         super().__init__(
             app,
             self.map,
             _sock=sock,
-            # Not used. Without one waitress would start threads.
+            # Never used, but without a dispatcher waitress would start threads.
             dispatcher=self,
             bind_socket=False,
             ident=None,
@@ -5471,10 +5519,10 @@ class Server(TcpWSGIServer):
             start_thread(pool, self.work, pool)
 
     def work(self, pool):
-        """Make answers, in a thread of a worker pool, until told to end."""
+        """Make answers in a thread of a worker pool, until None comes from the queue."""
         while answer := self.pools[pool].get():
             try:
-                # Nobody waits for an answer whose client has left.
+                # Skip the work if the client has left.
                 if answer.asker.connected:
                     answer.go_on() if answer.pieces else answer.make(pool)
             except Elsewhere as elsewhere:
@@ -5484,8 +5532,12 @@ class Server(TcpWSGIServer):
                 self.pull_trigger()
 
     def serve(self):
-        """Serve until end(). This thread waits for nobody but the disk: everybody would."""
-        # With a connection of its own, which waits no longer.
+        """Serve until end() is called, then answer the requests that are left.
+
+        Every client depends on this thread, so the thread waits for nothing but the disk. After
+        end(), waiting requests are answered at once, and answers in a pool have STOP_SECONDS / 2.
+        """
+        # The connection to the database is opened anew, with this short patience.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         looks_at = time.monotonic()
         while not self.is_ending:
@@ -5496,7 +5548,7 @@ class Server(TcpWSGIServer):
             if time.monotonic() >= looks_at:
                 looks_at = time.monotonic() + 1
                 self.close_slow(time.monotonic())
-                # Another process may have written.
+                # Another process may have committed, and cannot set the flag.
                 news.is_new = True
         self.end_waiting(is_over=True)
         self.serve_round()
@@ -5507,24 +5559,24 @@ class Server(TcpWSGIServer):
             self.pools[pool].put(None)
 
     def end(self, *_):
-        """Let serve() return. It takes no lock, so any signal's handler may call it."""
+        """Make serve() return. No lock is taken, so a signal handler may call end() at any time."""
         self.is_ending = True
         self.pull_trigger()
 
     def poll(self, seconds):
-        """Read what there is, send what can be sent, and what the pools have made."""
+        """Wait up to `seconds` for sockets and pools, then read, send, and let clients connect."""
         wasyncore.loop(seconds, use_poll=True, map=self.map, count=1)
         while self.made:
             self.made.popleft().asker.let_go()
         self.let_in()
 
     def bound_unsent(self):
-        """Close the channel with most to be sent, if there is too much to be sent in all."""
+        """Close the channel with the most unsent bytes if the sum of all exceeds UNSENT_BYTES."""
         if sum(len(channel.unsent) for channel in self.channels) > UNSENT_BYTES:
             max(self.channels, key=lambda channel: len(channel.unsent)).handle_close()
 
     def wait_for_news(self, answer, user, until):
-        """Keep a request until there is news. With as many as may wait, it is answered at once."""
+        """Keep a request until there is news, or answer at once if too many requests wait."""
         answer.waits_until = until
         of_user = sum(waiting["id"] == user["id"] for waiting in self.waiting.values())
         most = min(WAITING, settings.connections // 2)
@@ -5535,29 +5587,32 @@ class Server(TcpWSGIServer):
             self.arrived.append(answer)
 
     def time_to_wait(self):
-        """Return the seconds until somebody's waiting is over, at most one."""
+        """Return the seconds until the first long poll is over, at most one."""
         first = min((answer.waits_until for answer in self.waiting), default=math.inf)
         return max(0, min(1, first - ticks()))
 
     def end_waiting(self, is_over=False):
-        """Let requests arrive again that have news, or whose time is over."""
+        """Put waiting requests back into `arrived` if they have news or their time is over.
+
+        With is_over, the time of every request is over.
+        """
         changes = None
         if news.is_new and self.waiting:
-            # Before it is read: what is committed meanwhile is news again.
+            # Clear the flag before reading: a commit during the read sets the flag again.
             news.is_new = False
             user_ids = [user["id"] for user in self.waiting.values()]
             changes = list_changes(connection(), user_ids)
         for answer, user in list(self.waiting.items()):
             if is_over:
                 answer.waits_until = 0
-            # A user who was erased has none.
+            # An erased user has no entry in `changes`: answered too.
             is_changed = changes is not None and changes.get(user["id"]) != user["changes"]
             if is_changed or answer.waits_until <= ticks():
                 del self.waiting[answer]
                 self.arrived.append(answer)
 
     def make_here(self, answer, pool=None):
-        """Make an answer. Returns False if it waits for news, or goes to a pool."""
+        """Make an answer on this thread. Returns False if the request waits or moves to a pool."""
         try:
             if answer.asker.connected:
                 answer.make(pool)
@@ -5569,31 +5624,33 @@ class Server(TcpWSGIServer):
         return False
 
     def serve_round(self):
-        """Serve all that arrived: reads, then all that may write in one transaction."""
+        """Serve all requests that arrived: first the reads, then the others in one transaction."""
         readers, writers = [], deque()
         while self.arrived:
             answer = self.arrived.popleft()
             is_reader = answer.request.command in ("GET", "HEAD", "OPTIONS")
             (readers if is_reader else writers).append(answer)
-        # Reads first: after a write they would see rows that may still be lost. Answered together:
-        # one by one, clients fall out of step, and the next round is smaller.
+        # Reads come first: after a write, reads would see rows whose commit may still fail.
+        # All answers are sent together: sent one by one, clients would fall out of step, and the
+        # next round would be smaller.
         for answer in [answer for answer in readers if self.make_here(answer)]:
             answer.asker.let_go()
         if writers:
             self.serve_writers(writers)
 
     def serve_writers(self, waiting):
-        """Serve these in one transaction. No client hears of a success before it is on disk.
+        """Serve the requests of a round in one transaction, and send no success before the commit.
 
-        Not even one that wrote nothing: its answer may rest on what another of the round wrote.
+        If the commit fails, every 2xx becomes a 503, even for a request that wrote nothing: the
+        answer may rest on rows that another request of the round wrote. Refusals are sent as made.
         """
         served = []
         is_begun = is_stored = False
         try:
             with transaction() as db:
                 is_begun = True
-                # A full disk takes back the transaction: it is lost, and the others come in the
-                # next round.
+                # On a full disk SQLite rolls the transaction back. The round is lost; requests not
+                # served yet come in the next round.
                 while waiting and db.in_transaction:
                     answer = waiting.popleft()
                     if self.make_here(answer):
@@ -5602,29 +5659,30 @@ class Server(TcpWSGIServer):
         except sqlite3.Error as error:
             if is_begun:
                 log.error(f"a round of {len(served)} requests could not be stored: {error}")
-        # While others write for long, only the first round waits for them.
+        # While another writer keeps the lock, only the first round waits for the lock.
         local.patience = SERVING_PATIENCE_SECONDS if is_begun else 0
         for answer in served:
             answer.asker.let_go(is_stored)
-        # Nothing of these has run.
+        # The requests left in `waiting` have had no effect yet.
         for answer in waiting:
             if is_begun:
                 self.arrived.append(answer)
             elif self.make_here(answer, NO_ROUND):
-                # Others write, and what may has gone where it waits for them.
+                # All routes have gone to a pool, to wait there for the lock. The answer is a
+                # refusal that was made before any route ran.
                 answer.asker.let_go()
 
     def close_slow(self, at):
-        """Close the channels whose time is over."""
+        """Close the channels whose time, closes_at, is over."""
         for channel in list(self.channels):
             if at > channel.closes_at:
                 channel.handle_close()
 
     def find_longest(self):
-        """Return the channel whose place another client gets: the one that has held on for longest.
+        """Return the channel to close for a new client: the channel with the most has_held_on().
 
-        It is one of an address that has half of all or more, if there is one. None if all wait
-        for news.
+        An address with half of all channels or more gives up a channel first. Returns None if every
+        client waits for news.
         """
         at, half = time.monotonic(), len(self.channels) / 2
         counts = Counter(channel.addr[0] for channel in self.channels)
@@ -5642,15 +5700,15 @@ class Server(TcpWSGIServer):
         return len(self.channels) < settings.connections or bool(self.find_longest())
 
     def handle_accept(self):
-        """Leave it to let_in().
+        """Note that a client wants to connect; let_in() accepts after wasyncore.loop().
 
-        A socket accepted in the middle of wasyncore.loop() could get the descriptor of one that was
-        just closed, and with it the events that were found for that.
+        A socket accepted in the middle of the loop could get the descriptor of a socket just
+        closed, and receive the events found for the closed socket.
         """
         self.is_asked = True
 
     def let_in(self):
-        """Let some clients connect. While all connections are in use, each takes another's."""
+        """Accept some new clients, each in place of an old client if all connections are in use."""
         for _ in range(1 + settings.connections // 4):
             if not self.is_asked:
                 break
@@ -5664,11 +5722,11 @@ class Server(TcpWSGIServer):
 
 
 # --- Main -----------------------------------------------------------------------------------------
-# Read settings, open the store, start workers, serve, stop workers.
+# Read the settings, open the store, start the background threads, serve, stop.
 
 
 def tidy_setting(name, value):
-    """A setting without blanks around it. Raises BadSetting where it holds a control character."""
+    """Return a setting without blanks around. Raises BadSetting for a control character."""
     value = value.strip()
     if re.search("[\x00-\x1f\x7f-\x9f]", value):
         raise BadSetting(f"{name} holds a control character: write it anew, without.")
@@ -5676,12 +5734,16 @@ def tidy_setting(name, value):
 
 
 def read_variable(name, default=None):
-    """A variable of the environment; the default where it is not set, or empty."""
+    """Return an environment variable, or the default if unset or empty. Raises BadSetting."""
     return tidy_setting(name, os.environ.get(name, "")) or default
 
 
 def read_secret(name):
-    """A variable, or what the file holds that NAME_FILE names; None where neither is set."""
+    """Return a secret from the variable NAME, or from the file that NAME_FILE names.
+
+    Returns None if neither is set. Raises BadSetting if both are, or if the file is empty or cannot
+    be read.
+    """
     value, path = read_variable(name), read_variable(f"{name}_FILE")
     if not path:
         return value
@@ -5695,7 +5757,7 @@ def read_secret(name):
 
 
 def read_option(name, pattern, value):
-    """An option of the command line, or its default. Raises BadSetting where it cannot be that."""
+    """Return an option's value without blanks around. Raises BadSetting if the value is wrong."""
     value = tidy_setting(f"--{name}", value)
     if not re.fullmatch(pattern, value, re.IGNORECASE):
         raise BadSetting(f"--{name} cannot be {value!r}: see --help.")
@@ -5708,7 +5770,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(argv):
-    """The command line, where the environment has not decided already. Raises BadSetting."""
+    """Return the command line, with defaults from the environment. Raises BadSetting."""
     parser = Parser(
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -5786,7 +5848,7 @@ def read_arguments(argv):
 
 
 def account_name(text):
-    """The one spelling of a name. Raises argparse.ArgumentTypeError."""
+    """Return the canonical form of a username. Raises argparse.ArgumentTypeError."""
     try:
         return USERNAME_FIELD.read(text)
     except Refused as refused:
@@ -5794,7 +5856,7 @@ def account_name(text):
 
 
 def networks(text):
-    """Those that are named, with commas or blanks between. Raises ValueError."""
+    """Return the IP networks in a text, separated by commas or blanks. Raises ValueError."""
     return [
         ipaddress.ip_network(name if "/" in name else read_address(name), strict=False)
         for name in text.replace(",", " ").split() or [text]
@@ -5802,7 +5864,10 @@ def networks(text):
 
 
 def allow_files():
-    """Allow enough open files, or have fewer connections. Raises BadSetting."""
+    """Raise the limit of open files, or lower settings.connections to fit the limit.
+
+    Raises BadSetting if fewer than LEAST_CONNECTIONS fit.
+    """
     if not resource:
         return
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5817,7 +5882,7 @@ def allow_files():
 
 
 def choose_home(token):
-    """The bot's home, Telegram with its token. Raises BadSetting."""
+    """Return the bot's transport: Telegram, or Terminal without a token. Raises BadSetting."""
     if not token:
         return Terminal()
     if not re.fullmatch("[1-9][0-9]{0,17}:[A-Za-z0-9_-]+", token):
@@ -5828,14 +5893,14 @@ def choose_home(token):
     api_url = read_variable("TELEGRAM_API_URL", "https://api.telegram.org")
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(api_url)
-        # .port raises where it is no port.
+        # Reading .port raises ValueError if the port is no number up to 65535.
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return Telegram(token, api_url)
     raise BadSetting("TELEGRAM_API_URL is malformed: it looks like https://api.telegram.org.")
 
 
 def listen(host, port):
-    """A listening socket; on "::" it serves IPv4 as well. Raises BadSetting."""
+    """Return a listening socket. A socket on "::" serves IPv4 as well. Raises BadSetting."""
     host = host.strip("[]")
     is_ipv6 = ":" in host
     try:
@@ -5853,9 +5918,9 @@ def listen(host, port):
 
 
 class Plain(logging.Formatter):
-    """A message is one line: what clients sent that cannot be printed is shown as in "\\x1b".
+    """Format a log message as one line, with unprintable characters escaped as in "\\x1b".
 
-    What looks like a key, a link token, a bot token or a part of a JWT is masked.
+    Any text that looks like an API key, a link token, a bot token or a part of a JWT is masked.
     """
 
     @staticmethod
@@ -5871,15 +5936,16 @@ class Plain(logging.Formatter):
 
 
 def prepare_process():
-    """Make this process fit to serve: its files private, its output quiet."""
+    """Make new files private, set up the log, and let standard output take any character."""
     os.umask(0o077)
     handler = logging.StreamHandler()
     handler.setFormatter(Plain("%(asctime)s %(levelname)s %(message)s"))
     start_thread("log", write_log, handler)
-    # Lines for which there is no room are lost: to say so would wait for room, too.
+    # When log_lines is full, lines are lost silently: if nobody reads standard error, a report
+    # there would block.
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler(log_lines)])
-    # These print URLs, and with them the bot's token.
+    # These loggers print URLs, and the bot's token is part of the URL.
     for noisy in ("urllib3", "TeleBot"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL + 1)
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -5889,7 +5955,7 @@ def prepare_process():
 def read_settings(argv):
     """Fill `settings` from the command line and the environment. Raises BadSetting.
 
-    Returns the command line's arguments and the bot's home.
+    Returns the command line's arguments and the bot's transport.
     """
     arguments, token = read_arguments(argv), read_secret("TELEGRAM_BOT_TOKEN")
     log_level = arguments.log_level or ("info" if token else "warning")
@@ -5908,11 +5974,12 @@ def read_settings(argv):
 
 
 def ask_password(name):
-    """The hash of this account's new password, typed twice at a terminal, else a line of input.
+    """Return the hash of an account's new password.
 
-    Raises BadSetting.
+    The password is typed twice at a terminal; otherwise the password is the first line of standard
+    input. Raises BadSetting.
     """
-    # Or Ctrl-C would leave the terminal without an echo.
+    # Without KeyboardInterrupt, Ctrl-C would leave the terminal without an echo.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if sys.stdin.isatty():
@@ -5925,13 +5992,13 @@ def ask_password(name):
     except Refused as refused:
         raise BadSetting(f"The password cannot be taken: {' '.join(refused.args)}") from None
     except (AttributeError, EOFError, KeyboardInterrupt, OSError, ValueError) as error:
-        # Not its text, which may hold what was typed.
+        # The text of the error may hold the typed password: show only the type.
         reason = type(error).__name__
         raise BadSetting(f"No password could be read ({reason}): try again.") from None
 
 
 def confirm(name):
-    """Ask whether an account shall be erased. Raises BadSetting unless its name is typed."""
+    """Ask whether to erase an account. Raises BadSetting unless the account's name is typed."""
     typed = None
     with suppress(AttributeError, EOFError):
         typed = sys.stdin.isatty() and input(f"To erase {name} for ever, type the name: ")
@@ -5940,9 +6007,10 @@ def confirm(name):
 
 
 def administer(name, password_hash, is_erased=False):
-    """Set the password of an account, which is made if need be, or disable it (None) or erase it.
+    """Set an account's password, or disable the account (password_hash None), or erase the account.
 
-    A server of our version may run meanwhile. Raises BadSetting, sqlite3.Error.
+    Setting a password adds a missing account. A server of the same version may run meanwhile.
+    Raises BadSetting, sqlite3.Error.
     """
     log.setLevel(logging.ERROR)
     nobody = BadSetting(f"There is no account {name} in the database {settings.db}.")
@@ -5970,9 +6038,9 @@ def administer(name, password_hash, is_erased=False):
 
 
 def erase(user):
-    """Delete a user and every message that it sent or received, and overwrite them.
+    """Delete a user and every message that the user sent or received, and overwrite the data.
 
-    In portions: a server that runs meanwhile has to write as well.
+    One transaction deletes a portion, so that a server running meanwhile can write in between.
     """
     is_more = True
     while is_more:
@@ -5983,7 +6051,7 @@ def erase(user):
 
 
 def print_accounts():
-    """Print all accounts, as a table on a terminal, else in lines with tabs."""
+    """Print all accounts: a table on a terminal, else lines separated by tabs."""
     with closing(connect("ro")) as db:
         rows = list_accounts(db)
     if sys.stdout.isatty():
@@ -5994,7 +6062,7 @@ def print_accounts():
 
 
 def start_workers(home, stop):
-    """Start what works in the background."""
+    """Start the background threads: polling, upkeep, outbox."""
     running.home = home
     turns.open(home.id, list_queues(connection(), home.id))
     if elsewhere := count_elsewhere(connection(), home.id):
@@ -6005,23 +6073,23 @@ def start_workers(home, stop):
 
 
 def close_store():
-    """Copy the write-ahead log into the database, and empty it."""
+    """Copy the write-ahead log into the database, and empty the log."""
     try:
         connection().wait_for_others(0.2)
         connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
-        # The next start reads it.
+        # Nothing is lost: the next start reads the log.
         log.warning(f"the write-ahead log was left as it is: {error}")
 
 
 def serve(sock, home):
-    """Start everything, serve until SIGTERM or Ctrl-C, end cleanly."""
+    """Start the background threads, serve until SIGTERM or Ctrl-C, and stop cleanly."""
     stop = threading.Event()
     server = Server(sock)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     if hasattr(signal, "SIGTTIN"):
-        # Or reading the terminal from the background would stop the process.
+        # By default, reading the terminal from the background would stop the process.
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     host, port = sock.getsockname()[:2]
     shown_host = f"[{host}]" if ":" in host else host
@@ -6034,13 +6102,14 @@ def serve(sock, home):
     server.serve()
     sock.close()
     stop.set()
-    # Not the polling thread, which may sleep in its call: what it has not received comes again.
+    # Wait for the senders, but not for the polling thread, whose call may last long: Telegram
+    # sends updates that were not confirmed again.
     turns.close()
     close_store()
 
 
 def main(argv=None):
-    """Do what the command line says. Returns the exit code."""
+    """Obey the command line: serve, or administer accounts. Returns the exit code."""
     try:
         prepare_process()
         check_sqlite()
@@ -6054,7 +6123,8 @@ def main(argv=None):
         name = arguments.set_password or arguments.disable or arguments.erase
         if arguments.erase and not arguments.yes:
             confirm(name)
-        # Asked before the lock: it may take a person's time, and a server has to start meanwhile.
+        # Ask before taking the lock: typing takes time, and a server must be able to start
+        # meanwhile.
         password_hash = ask_password(name) if arguments.set_password else None
         try:
             lock = lock_database()
