@@ -5083,8 +5083,8 @@ def show_openapi():
 # committed alone, and answered 503 if the commit fails. After a failed fsync the process ends.
 #
 # On SIGTERM, each waiting request (long poll) is answered at once, as if the wait were over.
-# Requests in a pool and long lists have STOP_SECONDS / 2 to finish. Requests that arrive later are
-# not served, and bytes that are still unsent at the end are lost.
+# Requests in a pool, long lists and unsent answers have STOP_SECONDS / 2 to finish. Requests that
+# arrive later are not served, and bytes that are still unsent at the end are lost.
 #
 # A client that reads nothing is closed after STUCK_SECONDS. The client is closed earlier if a new
 # client needs the connection, or if all unsent answers together have more than UNSENT_BYTES and
@@ -5553,7 +5553,9 @@ class Server(TcpWSGIServer):
         self.end_waiting(is_over=True)
         self.serve_round()
         ends_at = time.monotonic() + STOP_SECONDS / 2
-        while any(channel.answer for channel in self.channels) and time.monotonic() < ends_at:
+        while time.monotonic() < ends_at and any(
+            channel.answer or channel.unsent for channel in self.channels
+        ):
             self.poll(STOP_SECONDS / 20)
         for pool in Counter(POOLS).elements():
             self.pools[pool].put(None)
@@ -5601,7 +5603,11 @@ class Server(TcpWSGIServer):
             # Clear the flag before reading: a commit during the read sets the flag again.
             news.is_new = False
             user_ids = [user["id"] for user in self.waiting.values()]
-            changes = list_changes(connection(), user_ids)
+            try:
+                changes = list_changes(connection(), user_ids)
+            except sqlite3.Error as error:
+                # serve() looks for changes again within a second.
+                log.error(f"waiting requests hear of no news: {error}")
         for answer, user in list(self.waiting.items()):
             if is_over:
                 answer.waits_until = 0

@@ -10805,6 +10805,47 @@ def test_script_metadata_says_what_requirements_and_the_file_itself_say():
     assert metadata["requires-python"] == f">={'.'.join(least)}"
 
 
+def test_answer_that_is_being_sent_is_sent_to_its_end_before_the_server_ends(http):
+    headers = join(http, "alice")
+    for _ in range(7):
+        post(http, headers, "x" * factoryapp.MAX_TEXT)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.connect(http.address)
+        sock.sendall(raw("GET", "/api/messages/", headers))
+        while not any(channel.unsent for channel in http.server.channels):
+            time.sleep(0.01)
+        http.server.end()
+        # A server that does not wait has ended by then.
+        time.sleep(0.1)
+        sock.settimeout(5)
+        answer = b""
+        while chunk := sock.recv(65536):
+            answer += chunk
+            if answer.endswith(b"}]"):
+                break
+    assert len(json.loads(answer.partition(b"\r\n\r\n")[2])) == 7
+
+
+def test_requests_that_wait_outlive_a_database_that_fails(http, monkeypatch, caplog):
+    alice, real = join(http, "alice"), factoryapp.list_changes
+    failures = [sqlite3.OperationalError("disk I/O error")]
+
+    def fail_once(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    with socket.create_connection(http.address, timeout=5) as sock:
+        sock.sendall(raw("GET", "/api/messages/?wait=50", alice))
+        while not http.server.waiting:
+            time.sleep(0.01)
+        monkeypatch.setattr(factoryapp, "list_changes", fail_once)
+        post(http, alice, "news")
+        assert b'"text":"news"' in sock.recv(65536)
+    assert "hear of no news: disk I/O error" in caplog.text
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_during_the_start_ends_it_in_silence(tmp_path, number):
     (tmp_path / "jwt.py").write_text(f"import os; os.kill(os.getpid(), {number:d})")
