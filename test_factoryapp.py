@@ -8181,9 +8181,9 @@ def test_openapi_names_every_route_and_the_address(http):
     operations = {
         (method.upper(), path) for path, methods in document["paths"].items() for method in methods
     }
-    readme = (HERE / "README.md").read_text()
+    readme = read_readme()
     for method, path in operations:
-        assert f"| `{method} {re.sub('{.*}', 'ID', path)}`" in readme
+        assert f"\n- `{method} {re.sub('{.*}', 'ID', path)}`\n  " in readme
     assert len(operations) == len(factoryapp.app.routes) == 20
 
 
@@ -10934,9 +10934,14 @@ def test_scripts_of_the_readme_ask_in_the_terminal_and_get_the_answer(start, ans
     assert heard.endswith(said) and "night" not in heard and shell.returncode == 0
 
 
+def read_readme():
+    """Return the README, with each command that goes on in the next line in one."""
+    return re.sub(r"\\\n +", "", (HERE / "README.md").read_text())
+
+
 def readme_scripts(program, *starts):
     """The lines of *For scripts* that begin so, or all, against this program."""
-    section = re.search("\n## For scripts\n.*?\n## ", (HERE / "README.md").read_text(), re.DOTALL)
+    section = re.search("\n## For scripts\n.*?\n## ", read_readme(), re.DOTALL)
     section = (
         section[0].replace("http://127.0.0.1:8080", program.url).replace("after=17", "after=0")
     )
@@ -11421,7 +11426,7 @@ def test_no_test_can_reach_the_real_telegram():
 
 def test_ci_runs_the_test_command_of_the_readme():
     command = [line for line in (HERE / ".ci/run").read_text().splitlines() if "pytest" in line]
-    assert len(command) == 1 and f"    {command[0]}\n" in (HERE / "README.md").read_text()
+    assert len(command) == 1 and f"    {command[0]}\n" in read_readme()
 
 
 # --- Stand-ins ------------------------------------------------------------------------------------
