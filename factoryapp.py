@@ -244,7 +244,7 @@ PRESSES_AT_ONCE = 16  # button presses being answered, each on a thread
 # The server
 CONNECTIONS = 200
 LEAST_CONNECTIONS = 8  # where few open files are allowed; with fewer we do not start
-# Open files: a socket and the database for each sender, the database for each other thread.
+# Files open besides clients: the database for each thread, and a socket for each sender.
 OWN_FILES = 240
 MAX_PROXIES = 20  # read from the end of X-Forwarded-For
 REQUEST_SECONDS = 10  # to send a whole request
@@ -488,8 +488,8 @@ def fold(name):
 
 
 # --- Turns ----------------------------------------------------------------------------------------
-# The order in which chats are sent to. The Store wakes a chat after a commit that queued something
-# for the chat. The Outbox takes the turns.
+# When each chat gets the next delivery. The Store calls wake() after a commit that queued a delivery
+# for a chat. The Outbox takes the turns.
 
 
 class Again(NamedTuple):
@@ -540,8 +540,8 @@ class Turns:
             self.sending = {}  # busy chat: the outbox row being sent, once claimed
             self.queued = set()  # busy chats for which wake() was called meanwhile
             self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # latest sends (ticks)
-            # In seconds since 1970: passed_at is the last send that did not fail, back_at the last
-            # hurry().
+            # In seconds since 1970: passed_at is the time of the last send that did not fail,
+            # back_at the end of Telegram's last outage.
             self.passed_at = self.back_at = 0
             self.slow = {}  # chat: until when the chat gets at most one message a second
             self.refused = {}  # linked chat with a 429 since the last success: end of its pause
@@ -1112,7 +1112,7 @@ def set_password(db, user_id, old_hash, new_hash):
 
 
 def list_changes(db, user_ids):
-    """Return {user id: changes} of the users with the given ids."""
+    """Map each of these user ids to the user's counter of changes (users.changes)."""
     sql = "SELECT id, changes FROM users WHERE id IN (SELECT value FROM json_each(?))"
     return dict(db.run(sql, user_ids))
 
@@ -1769,7 +1769,7 @@ def settle_sent(db, delivery, telegram_message_id):
 
 
 def add_relayed(db, **columns):
-    """Remember which message a user's Telegram message has become.
+    """Store which message was made from a user's Telegram message.
 
     Does nothing if the telegram_message_id is None.
     """
@@ -1968,7 +1968,7 @@ class Limiter:
         self.lock = threading.Lock()
 
     def try_once(self, limits):
-        """Count one try for each key. Returns 0, or the seconds to wait if none was counted.
+        """Count a try for every key and return 0, or count none and return the seconds to wait.
 
         `limits` is {key: (tries in a burst, seconds per further try)}.
         """
@@ -2144,8 +2144,8 @@ class NotSent(Exception):
 class Home:
     """Carry messages between the bot and people: the base class of the transports.
 
-    A transport has an `id`, the bot's id. send(delivery) returns the message's id in Telegram, or
-    None, and raises NotSent. run(stop) receives messages until `stop` is set.
+    A transport has an `id`, the bot's id. send(delivery) returns Telegram's id of the sent
+    message, or None if there is no such id, or raises NotSent. run(stop) receives messages until `stop` is set.
     """
 
     name = None  # "@username" (None until Telegram is first reached) or "terminal"
@@ -2196,10 +2196,10 @@ def deliver(home, delivery):
 def handle_failure(home, delivery, reason, what_follows="later", retry_after=None):
     """Handle a failed attempt: schedule a retry, give up the delivery, or unlink the chat.
 
-    Giving up without a final refusal takes good evidence: Telegram still cannot find the chat after
-    ten minutes, or the delivery keeps failing while other deliveries are sent.
+    Unless Telegram refuses for good ("never", "gone"), give up only if the chat is still missing
+    after ten minutes, or if the delivery keeps failing while other deliveries are sent.
 
-    Returns None after a final refusal ("never" or "gone"), else Again: the chat's next turn.
+    Returns None after such a refusal, else Again: the chat's next turn.
     """
     missing_since, failing_since = delivery["missing_since"], delivery["failing_since"]
     is_missing = what_follows == "missing"
@@ -2999,7 +2999,7 @@ class Terminal(Home):
     def hear(self, text):
         """Handle one typed line."""
         numbered = re.fullmatch("#0*([0-9]+) +(.*)", text)
-        # Cut a number that is too large for SQLite: no real id has more than 18 digits.
+        # Cut a number that is too large for SQLite: 18 digits are more than any real id has.
         number = int(numbered[1][:18]) if numbered else None
         text = clean(numbered[2] if numbered else text)
         if text.strip():
@@ -3515,7 +3515,7 @@ def check_request():
 class Declared:
     """Hold the declarations of a route, for serve_declared() to obey and for OpenAPI to show."""
 
-    pool = None  # name of the worker pool that serves the route, None for a round
+    pool = None  # name of the worker pool that serves the route; None: the serving thread
     sign_in = staticmethod(lambda: None)  # or require_user, require_login, may_register
     query = {}  # {name: Field}
     body = {}  # {name: Field}
@@ -4614,7 +4614,7 @@ def unlink_telegram(user):
 def change_password(user, current_password, new_password):
     """Change the password.
 
-    Every token and API key issued before the change ends.
+    The change ends every token and API key issued before.
     """
     old_hash = user["password"]
     if not check_password(user["username"], current_password, old_hash):
@@ -4901,7 +4901,7 @@ def cancel(user, message_id):
     """Cancel a message.
 
     You can cancel a queued message of yours unless a part has been sent, or is being sent, to the
-    recipient. Nothing more of a cancelled message is sent. A scheduled message is deleted.
+    recipient. Your own copy of a cancelled message is not sent either. A scheduled message is deleted.
     """
     with transaction() as db:
         message = json.loads(own_message(user, message_id))
@@ -5498,7 +5498,7 @@ class Server(TcpWSGIServer):
         self.channels = set()
         self.arrived = deque()  # answers to be made
         self.made = deque()  # answers, or pieces of answers, that a pool has made
-        self.waiting = {}  # {Answer of a waiting request: the user as read when the wait began}
+        self.waiting = {}  # {Answer of a waiting request: the user's row when the wait began}
         news.wake = self.pull_trigger
         self.is_ending = self.is_asked = False
         self.map = {}  # {descriptor: channel, server or trigger}, for wasyncore
