@@ -488,8 +488,8 @@ def fold(name):
 
 
 # --- Turns ----------------------------------------------------------------------------------------
-# When each chat gets the next delivery. The Store calls wake() after a commit that queued a delivery
-# for a chat. The Outbox takes the turns.
+# When each chat gets the next delivery. The Store calls wake() after a commit that queued one for a
+# chat. The Outbox takes the turns.
 
 
 class Again(NamedTuple):
@@ -2144,8 +2144,9 @@ class NotSent(Exception):
 class Home:
     """Carry messages between the bot and people: the base class of the transports.
 
-    A transport has an `id`, the bot's id. send(delivery) returns Telegram's id of the sent
-    message, or None if there is no such id, or raises NotSent. run(stop) receives messages until `stop` is set.
+    A transport has an `id`, the bot's id. send(delivery) returns Telegram's id of the sent message,
+    or None if there is no such id, or raises NotSent. run(stop) receives messages until `stop` is
+    set.
     """
 
     name = None  # "@username" (None until Telegram is first reached) or "terminal"
@@ -3467,7 +3468,7 @@ PASSWORD_CHANGED = coded("The user's password has been changed.", "password_chan
 PUBLIC_DETAILS = {
     404: "Not found.",
     413: "The request is too large.",
-    500: "Something went wrong here. It has been noted; try again later.",
+    500: "Something went wrong here: it is in the server's log. Try again later.",
     503: "This cannot be done right now. Nothing was stored; try again in a few seconds.",
 }
 
@@ -3487,6 +3488,13 @@ def refuse_for(wait):
 # Part of every ETag, random at each start. A restored database counts changes from an older number,
 # so without STARTED an old ETag could match new content.
 STARTED = secrets.token_hex(4)
+
+
+def log_failure(what):
+    """Log the exception that is being handled. Returns the JSON of the 500, with the log's id."""
+    failure_id = secrets.token_hex(4)
+    log.exception(f"{what} failed: {failure_id}")
+    return {"detail": PUBLIC_DETAILS[500], "id": failure_id}
 
 
 def encode_json(value):
@@ -3632,8 +3640,8 @@ def serve_declared(route):
             if is_outage(error):
                 log.error(f"{request.method} {request.path!r} failed: {error}")
                 raise HTTPError(503) from None
-            log.exception(f"{request.method} {request.path!r} failed")
-            raise HTTPError(500) from None
+            failure = log_failure(f"{request.method} {request.path!r}")
+            raise HTTPError(500, failure) from None
         response.status = said.status
         return encode_json(body) if isinstance(body, dict | list) else body
 
@@ -4901,7 +4909,8 @@ def cancel(user, message_id):
     """Cancel a message.
 
     You can cancel a queued message of yours unless a part has been sent, or is being sent, to the
-    recipient. Your own copy of a cancelled message is not sent either. A scheduled message is deleted.
+    recipient. Your own copy of a cancelled message is not sent either. A scheduled message is
+    deleted.
     """
     with transaction() as db:
         message = json.loads(own_message(user, message_id))
@@ -5213,8 +5222,8 @@ class Answer:
                 self.pieces, body = iter(body), ()
             self.written = self.make_head() + b"".join(body)
         except Exception:
-            log.exception(f"{self.request.command} {self.request.path!r} failed")
-            self.refuse(InternalServerError(""))
+            failure = log_failure(f"{self.request.command} {self.request.path!r}")
+            self.refuse(InternalServerError(""), failure)
             return
         if log.isEnabledFor(logging.INFO):
             path = urllib.parse.quote(self.request.path, encoding="latin-1")
@@ -5268,11 +5277,13 @@ class Answer:
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         return f"HTTP/1.{is_1_1:d} {self.status}\r\n{lines}\r\n".encode("latin-1")
 
-    def refuse(self, error):
-        """Replace the answer by this refusal, after which the connection closes."""
-        body = encode_json(
-            {"detail": PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")}
-        )
+    def refuse(self, error, failure=None):
+        """Replace the answer by this refusal, after which the connection closes.
+
+        `failure` is the JSON of a 500, as log_failure() returns it.
+        """
+        detail = PUBLIC_DETAILS.get(error.code, f"{error.reason}: {error.body}")
+        body = encode_json(failure or {"detail": detail})
         headers = {
             "Content-Type": response.default_content_type,
             "Content-Length": str(len(body)),

@@ -5611,9 +5611,16 @@ def test_whoever_meets_a_failing_database_is_told_when_to_try_again(http, monkey
     assert http.get("/api/users/", headers=headers, status=503).headers["Retry-After"] == "5"
 
 
-def test_fault_of_ours_leaves_its_traceback_in_the_log(http, caplog):
-    http.post_json("/api/messages/", {"text": BREAKS}, headers=join(http, "alice"), status=500)
-    assert "'/api/messages/' failed" in caplog.text and "IntegrityError" in caplog.text
+@pytest.mark.parametrize("is_in_server", [False, True])
+def test_fault_of_ours_leaves_its_traceback_in_the_log_under_the_id_of_the_answer(
+    http, monkeypatch, caplog, is_in_server
+):
+    headers = join(http, "alice")
+    if is_in_server:
+        monkeypatch.setattr(factoryapp.Answer, "make_environ", lambda answer: {}["IntegrityError"])
+    answer = http.post_json("/api/messages/", {"text": BREAKS}, headers=headers, status=500).json
+    assert f"'/api/messages/' failed: {answer['id']}" in caplog.text
+    assert "IntegrityError" in caplog.text and "log" in answer["detail"]
 
 
 def test_path_without_its_slash_is_served(http):
