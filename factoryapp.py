@@ -66,7 +66,7 @@ bot talks in the terminal.
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    # Python before 3.8 rejects `:=` with a syntax error that shows the line, and so the advice.
+    # Before 3.8, `:=` is a syntax error: Python's report quotes the next line, and so the advice.
     print(_ := "factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
     sys.exit(2)
 
@@ -162,7 +162,7 @@ LOGIN_FAILURES_PER_NAME = 10, 30  # for one name, from one address
 LOGIN_FAILURES_PER_ADDRESS = 100, 3
 REGISTRATIONS_PER_ADDRESS = 100, 3
 MESSAGES_TO_ANOTHER = 100, 1
-TEXT_ONLY_ANSWERS = 1, 5  # in one chat
+TEXT_ONLY_ANSWERS = 1, 5  # per chat
 GROUP_ANSWERS = 1, 30 * 24 * 3600  # telling a group that only private chats can be linked
 TLS_WARNINGS = 1, 60
 LIMITER_KEYS = 10_000  # remembered by each Limiter
@@ -222,7 +222,7 @@ FORGET_SECONDS = 3600  # between two searches for old rows
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
 SENDERS = 64  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
-# Sends at the same moment. With more, network jitter could exceed SENDS_PER_SECOND.
+# Sends at the same moment. With more, jitter could bring Telegram too many in a second.
 SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
 CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next address
@@ -243,7 +243,7 @@ PRESSES_AT_ONCE = 16  # button presses being answered, each on a thread
 
 # The server
 CONNECTIONS = 200
-LEAST_CONNECTIONS = 8  # where few open files are allowed; with fewer we do not start
+LEAST_CONNECTIONS = 8  # if fewer open files are allowed than these need, we do not start
 # Files open besides clients: the database for each thread, and a socket for each sender.
 OWN_FILES = 240
 MAX_PROXIES = 20  # read from the end of X-Forwarded-For
@@ -537,7 +537,7 @@ class Turns:
             self.order = []  # a heap of Turn: at most one for each chat, none while busy
             self.due = set()  # chats with a Turn in `order`
             self.busy = {}  # chat with a sender: back_at at the start of the turn
-            self.sending = {}  # busy chat: the outbox row being sent, once claimed
+            self.sending = {}  # busy chat: the id of the outbox row that is claimed for sending
             self.queued = set()  # busy chats for which wake() was called meanwhile
             self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # latest sends (ticks)
             # In seconds since 1970: passed_at is the time of the last send that did not fail,
@@ -605,8 +605,8 @@ class Turns:
     def claim(self, chat_id, delivery):
         """Reserve a delivery for the sender that has this chat's turn.
 
-        Returns False if another sender has the delivery in flight: the account moved from the other
-        sender's chat to this chat meanwhile.
+        Returns False if another sender is sending the delivery already, to the chat that the
+        account was linked to before.
         """
         with self.changed:
             if delivery["id"] in [row["id"] for row in self.sending.values()]:
@@ -625,7 +625,7 @@ class Turns:
     def give_back(self, chat_id, again):
         """End a chat's turn. `again` tells when the next turn comes; None if the queue is empty.
 
-        If hurry() was called during the turn, a failed send is retried within a second.
+        If an outage of Telegram ended during the turn, a failed send is retried within a second.
         """
         with self.changed:
             began_at = self.busy.pop(chat_id, self.back_at)
@@ -1461,8 +1461,8 @@ OWN_SCHEDULED = Listing(
 def erase_some(db, user):
     """Delete some messages of a user, or the user once no message is left.
 
-    Returns False once the user is deleted. The answers that are stored for retries of other users
-    are deleted too if they name the user as recipient.
+    Returns False once the user is deleted. Answers stored for the retries of other users are
+    deleted too if they name the user as recipient.
     """
     some = f"DELETE FROM messages WHERE id IN ({OWN_MESSAGES.ids} LIMIT :most)"
     if db.run(some, user=user["id"], after=0, before=MAX_ID, most=PORTION_ROWS).rowcount:
@@ -1476,7 +1476,7 @@ def erase_some(db, user):
 def find_page_end(db, listing, page, order):
     """Return [(id of a page's last row,), (id of the next row,)]; the next row may be missing.
 
-    The page has :limit rows, counted from the start ("ASC") or the end ("DESC") of the listing.
+    The page is :limit rows from the listing's start ("ASC"), or backwards from its end ("DESC").
     Returns an empty list if there are fewer than :limit rows.
     """
     end = f"ORDER BY id {order} LIMIT 2 OFFSET :limit - 1"
@@ -2000,7 +2000,7 @@ message_limiter, said_limiter = Limiter(), Limiter()
 
 
 # --- Outbox ---------------------------------------------------------------------------------------
-# Queue the bot's messages and deliver them: one delivery, one chat, the threads. Then upkeep.
+# In this order: queue messages, send one delivery, serve one chat, run the threads, do the upkeep.
 
 
 def queue_text(db, chat, text, username="", **columns):
@@ -2134,8 +2134,8 @@ def give_up(db, reason, ids):
 class NotSent(Exception):
     """Signal a delivery that failed or may have failed: (reason, what_follows, retry_after).
 
-    `what_follows` is "later" to retry; "missing" to retry too, but to unlink the chat if Telegram
-    still cannot find the chat ten minutes after the first time; "never" to give up, since Telegram
+    `what_follows` is "later" to retry; "missing" to retry too, but to unlink the chat once
+    Telegram has not found the chat for ten minutes; "never" to give up, since Telegram
     refuses the text; "gone" to unlink the chat, since nothing can be sent there any more.
     `retry_after` is Telegram's pause before a retry, in seconds; None means our own back-off.
     """
@@ -2231,7 +2231,7 @@ def deliver_head(home, chat_id):
 
     Returns Again for the chat's next turn, or None if the queue is empty.
     """
-    # cancel() holds write_lock until the commit: no delivery claimed here is being cancelled.
+    # cancel() holds write_lock until its commit: `head` cannot be cancelled before the claim.
     with write_lock:
         if not (head := find_head(connection(), home.id, chat_id)):
             return None
@@ -2429,7 +2429,7 @@ def read_update(bot_id, update):
     is_bot, date = pick(sender, "is_bot", bool), of_message("date", int)
     text = read_text(message)
     entities = of_message("entities", list) or of_message("caption_entities", list) or ()
-    # In a reply without "is_topic_message", the thread id is that of a thread of replies.
+    # A reply without "is_topic_message" has the id of a thread of replies, not of a topic.
     is_topic = not replied or of_message("is_topic_message", bool)
     return Heard(
         chat=(bot_id, pick(chat, "id", int)),
@@ -2569,10 +2569,10 @@ def find_addressee(db, heard, user):
     if heard.number is not None:
         return find_other_user(db, heard.number, user["id"]), heard.number
     if relayed := find_relayed(db, heard.chat, heard.replied_id):
-        # The user found is None if the chat was linked to another account at the time.
+        # Finds no user if another account had the chat when the bot sent the message.
         return find_other_user(db, relayed["message_id"], user["id"]), relayed["message_id"]
-    # For a reply to a forgotten message of the bot, do not take the recipient from the name in the
-    # message: the name may belong to somebody else by now.
+    # A reply to a message that the bot has forgotten gets no recipient: the name shown in that
+    # message may belong to somebody else by now.
     return (None if heard.replies_to_bot else user), None
 
 
@@ -2766,8 +2766,8 @@ class Telegram(Home):
             failure = name_failure(error)
         if failure:
             urllib3.util.connection.HAS_IPV6 = socket.has_ipv6
-            # Drop the connection, since it may be broken. Raise only here: an error raised inside
-            # `except` would keep the URL in its __context__.
+            # Drop the connection, since it may be broken. Raise only here: inside `except`, the
+            # error's __context__ would keep the URL, and so the token.
             apihelper._get_req_session(reset=True)
             host = urllib.parse.urlsplit(url).hostname
             raise TelegramError(None, f"Telegram cannot be reached at {host}: {failure}")
@@ -3505,8 +3505,8 @@ def encode_json(value):
 def check_request():
     """Refuse requests that no route should see. Raises HTTPError 400 or 403.
 
-    Add a missing slash at the end of the path: /api/users is served as /api/users/. The original
-    redirected instead, and the body of a POST was lost.
+    Add a missing slash at the end of the path: /api/users is served as /api/users/. A redirect,
+    as of the server that this one replaces, would lose the body of a POST.
     """
     environ = request.environ
     # Bottle drops bytes that are not UTF-8, so the request could reach the route of another path.
@@ -3592,9 +3592,9 @@ NO_ROUND = ""
 
 
 def leave_round(pool):
-    """Return if the request runs in this worker pool.
+    """Make sure that the request runs in this worker pool.
 
-    Raises Elsewhere in any other place, and the pool re-runs the request.
+    If not, raise Elsewhere, and the pool re-runs the request.
     """
     if local.answer.pool != pool:
         raise Elsewhere(pool)
@@ -4034,7 +4034,7 @@ class Several(Field):
             if self.least == 1:
                 return self.item.read(value)
             raise Refused("Expected a list of items.")
-        # Read no more items: a body may hold 100,000, and reading each takes time.
+        # Read only so many items: a body may hold 100,000, and each takes time.
         longest = 2 * self.most
         texts = list(dict.fromkeys(map(self.item.read, value[:longest])))
         is_repeated = self.least > 1 and len(texts) < len(value)
@@ -4265,7 +4265,7 @@ def stream_rows(listing, page):
 
     The pieces are small, so that a client that reads nothing costs little memory.
     """
-    # Bottle takes the first piece at once, on the serving thread, so that piece needs no database.
+    # Bottle takes the first piece at once, on the serving thread: it must not need the database.
     yield b"["
     comma, is_whole = b"", False
     while not is_whole:
@@ -4295,7 +4295,7 @@ def read_piece(listing, page, most_rows, most_bytes):
 
 # --- Routes ---------------------------------------------------------------------------------------
 # The requests of the API, in the order a user meets them. Routes handle no threads: @waits and
-# leave_round() name a worker pool, and the Server room does the rest.
+# leave_round() name a worker pool, and the room Server does the rest.
 
 
 def an_object(**properties):
@@ -5079,7 +5079,7 @@ def show_openapi():
 
 
 # --- Server ---------------------------------------------------------------------------------------
-# Rounds, worker pools, waiting requests, limits: the one room that knows waitress.
+# Rounds, worker pools, waiting requests, limits. No other room of the file uses waitress.
 #
 # Threads: only the serving thread touches sockets and channels. A pool's thread gets an Answer to
 # make and gives the Answer back. No thread waits for a client: the next piece of a long list is
@@ -5187,7 +5187,7 @@ class Answer:
     While a client reads nothing, go_on() is not called, and the rest of a long list is not made.
     """
 
-    pool = None  # name of the pool that makes the answer; None in a round, or NO_ROUND
+    pool = None  # its pool's name; None: in a round; NO_ROUND: no round could begin
     pieces = None  # iterator of the body's pieces that are not made yet
     waits_until = None  # end of a long poll, in ticks; 0: answer at once; None: not known yet
     user_id = "-"  # the signed-in user, for the log
@@ -5321,7 +5321,7 @@ class Answer:
 #      |                |           end_waiting()     +-------------+  |
 #      |                |              handle_write(), a list goes on  |
 #      +----------------+----------------------------------------------+
-#          handle_write(), all is sent: reading, if `unread` holds bytes
+#          handle_write(), all is sent: to reading if `unread` holds bytes, else to idle
 #
 # close_slow() closes a channel that stays too long in a state (closes_at), let_in() a channel whose
 # place another client needs, bound_unsent() the channel with most to send.
@@ -5548,7 +5548,7 @@ class Server(TcpWSGIServer):
         Every client depends on this thread, so the thread waits for nothing but the disk. After
         end(), waiting requests are answered at once, and answers in a pool have STOP_SECONDS / 2.
         """
-        # The connection to the database is opened anew, with this short patience.
+        # With path = None, the connection to the database is opened again, with this patience.
         local.patience, local.path = SERVING_PATIENCE_SECONDS, None
         looks_at = time.monotonic()
         while not self.is_ending:
@@ -5685,8 +5685,8 @@ class Server(TcpWSGIServer):
             if is_begun:
                 self.arrived.append(answer)
             elif self.make_here(answer, NO_ROUND):
-                # All routes have gone to a pool, to wait there for the lock. The answer is a
-                # refusal that was made before any route ran.
+                # With NO_ROUND, a request that reaches a route moves to a pool, to wait for the
+                # lock. So this answer is a refusal that was made before.
                 answer.asker.let_go()
 
     def close_slow(self, at):
@@ -5696,7 +5696,7 @@ class Server(TcpWSGIServer):
                 channel.handle_close()
 
     def find_longest(self):
-        """Return the channel to close for a new client: the channel with the most has_held_on().
+        """Return the channel to close for a new client: the one whose has_held_on() is highest.
 
         An address with half of all channels or more gives up a channel first. Returns None if every
         client waits for news.
@@ -6120,7 +6120,7 @@ def serve(sock, home):
     sock.close()
     stop.set()
     # Wait for the senders, but not for the polling thread, whose call may last long: Telegram
-    # sends updates that were not confirmed again.
+    # sends unconfirmed updates again.
     turns.close()
     close_store()
 
