@@ -4760,8 +4760,9 @@ def post_message(user, text, recipient, silent, send_at, reply_to, choices):
     send_at is scheduled: only you can see a scheduled message. At send_at the message is published
     with a new id, as if you posted the message then. With a header Idempotency-Key (1 to 255
     visible ASCII characters of your choice, different for each message), a retry stores nothing
-    more. You can also send the text as text/plain, with the other fields in the query string. The
-    limit for messages to one other person is 100 at once, then one a second (429).
+    more, and the same key with other fields is refused (422). You can also send the text as
+    text/plain, with the other fields in the query string. The limit for messages to one other
+    person is 100 at once, then one a second (429).
     """
     is_list = isinstance(recipient, list)
     if is_list:
@@ -4940,16 +4941,6 @@ SECURITY = {
     require_login: [BEARER],
     may_register: [{}, BEARER],
 }
-# {status: description}. Sentences replace the standard phrases that say too little.
-MEANINGS = {
-    **HTTP_CODES,
-    **PUBLIC_DETAILS,
-    400: "The request cannot be read, or fields of it are wrong.",
-    401: "The token, or name and password, are not valid.",
-    409: "It is too late for this.",
-    422: "The Idempotency-Key was used for another request.",
-    429: "Too often: wait for as many seconds as Retry-After says.",
-}
 
 
 def describe_api(address):
@@ -5046,7 +5037,7 @@ def describe_answers(said):
     }
     return {
         str(status): {
-            "description": MEANINGS[status],
+            "description": PUBLIC_DETAILS.get(status, HTTP_CODES[status]),
             "headers": dict.fromkeys(headers.get(status, ()), {"schema": A_TEXT}),
             **as_content(schemas[status]),
         }
