@@ -2886,12 +2886,14 @@ class Telegram(Home):
         calls = [(apihelper.answer_callback_query, heard.query_id, said)]
         if said is None:
             calls.append((apihelper.edit_message_reply_markup, heard.chat[1], heard.message_id))
-        for call, *arguments in calls:
-            try:
-                call(self.token, *arguments)
-            except TelegramError as error:
-                log.info(f"a pressed button was not answered: {error}")
-        self.presses.release()
+        try:
+            for call, *arguments in calls:
+                try:
+                    call(self.token, *arguments)
+                except TelegramError as error:
+                    log.info(f"a pressed button was not answered: {error}")
+        finally:
+            self.presses.release()
 
     def note_failure(self, error):
         """Explain a failed poll to the operator. Returns a call that mends the failure, or None."""

@@ -3550,6 +3550,19 @@ def test_answers_to_presses_that_hang_hold_up_nobody(http, telegram, bot_api, mo
     assert len(bot_api.answers) == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_press_whose_answer_fails_in_an_unknown_way_leaves_its_place_to_the_next(
+    http, telegram, bot_api, monkeypatch, pair
+):
+    ask(http, telegram, pair[0])
+    [asked] = copies(bot_api, 8, "Стоп?")
+    with monkeypatch.context() as patch:
+        patch.setattr(factoryapp.apihelper, "answer_callback_query", lambda *args: {}["unknown"])
+        for _ in range(factoryapp.PRESSES_AT_ONCE):
+            assert press(telegram, bot_api, 8, asked, data="1:9") == []
+    assert press(telegram, bot_api, 8, asked, data="1:9") == [factoryapp.TOO_LATE]
+
+
 def test_press_for_which_there_is_no_thread_holds_up_nothing(
     http, telegram, bot_api, monkeypatch, caplog, pair
 ):
