@@ -3831,7 +3831,9 @@ def may_register():
     if settings.registration == "closed":
         raise refusal(403, "Registration is closed: ask whoever runs this server.")
     sign_in()
-    refuse_for(registration_limiter.try_once({limiter_key(): REGISTRATIONS_PER_ADDRESS}))
+    # Another method is refused with 405, and registers nobody.
+    if request.method == "POST":
+        refuse_for(registration_limiter.try_once({limiter_key(): REGISTRATIONS_PER_ADDRESS}))
 
 
 # Requires a token or an API key. The route's first argument is the signed-in user.
@@ -3896,6 +3898,8 @@ class Text(Field):
 
 
 class OptionalText(Text):
+    """Accept a text that may be left out."""
+
     required = False
 
 

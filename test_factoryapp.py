@@ -5593,6 +5593,13 @@ def test_closed_registration_is_said_whatever_is_sent(http, monkeypatch, body, h
     log_in(http, "alice")
 
 
+def test_wrong_method_costs_no_registration(http, monkeypatch):
+    monkeypatch.setattr(factoryapp, "REGISTRATIONS_PER_ADDRESS", (1, 60))
+    for _ in range(3):
+        http.get("/api/users/register/", status=405)
+    assert register(http, "alice")["id"] == 1
+
+
 @pytest.mark.filterwarnings("ignore:Unknown REQUEST_METHOD")
 def test_wrong_method_and_unknown_url_answer_json(http):
     headers = join(http, "alice")
