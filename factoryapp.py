@@ -46,6 +46,7 @@ Words:
   transport        Telegram or the terminal (class Home)
   link token       the one-time token that links a chat to an account
   scheduled        a message with a send_at in the future, in a table of its own until then
+  the original     the Django REST framework server that this one replaces
 
 How to add:
   - A setting: Settings, read_arguments(), read_settings() and README.
@@ -66,7 +67,7 @@ bot talks in the terminal.
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036
-    # Before 3.8, `:=` is a syntax error: Python's report quotes the next line, and so the advice.
+    # Before 3.8, `:=` is a syntax error, and Python's report shows the next line with the advice.
     print(_ := "factoryapp: Python 3.11 or newer is needed: use another Python.", file=sys.stderr)
     sys.exit(2)
 
@@ -222,7 +223,7 @@ FORGET_SECONDS = 3600  # between two searches for old rows
 TELEGRAM_MAX_TEXT = 4096  # code points (Bot API, sendMessage)
 SENDERS = 64  # threads
 SENDS_PER_SECOND = 30  # Telegram's limit for one bot
-# Sends at the same moment. With more, jitter could bring Telegram too many in a second.
+# Sends at the same moment. A larger burst could, by network jitter, exceed 30 in one second.
 SENDS_BURST = 5
 SEND_TIMEOUT_SECONDS = 15
 CONNECT_SECONDS = 5  # to one address; then urllib3 tries the next address
@@ -504,7 +505,7 @@ class Again(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Say when a chat's turn comes, in ticks(). `why` is the same as in Again."""
+    """Say when a chat's turn comes, in ticks(), and why: one of the words that Again explains."""
 
     due_at: float
     chat_id: int
@@ -536,7 +537,7 @@ class Turns:
             self.bot_id = bot_id
             self.order = []  # a heap of Turn: at most one for each chat, none while busy
             self.due = set()  # chats with a Turn in `order`
-            self.busy = {}  # chat with a sender: back_at at the start of the turn
+            self.busy = {}  # chat that is being sent to: back_at when its turn began
             self.sending = {}  # busy chat: the id of the outbox row that is claimed for sending
             self.queued = set()  # busy chats for which wake() was called meanwhile
             self.sent_at = deque([-math.inf] * SENDS_BURST, SENDS_BURST)  # latest sends (ticks)
@@ -1304,7 +1305,7 @@ def add_message(db, **columns):
     return db.insert("messages", **{"created_at": iso(now()), **columns}).lastrowid
 
 
-# (id, JSON in UTF-8) of messages, the JSON as clients get it.
+# Selects the id of each message, and its JSON for clients (UTF-8).
 SELECT_MESSAGE = """
     SELECT m.id AS id, CAST(json_object(
         'id', m.id, 'sender', s.username, 'recipient', r.username, 'text', m.text,
@@ -1461,8 +1462,8 @@ OWN_SCHEDULED = Listing(
 def erase_some(db, user):
     """Delete some messages of a user, or the user once no message is left.
 
-    Returns False once the user is deleted. Answers stored for the retries of other users are
-    deleted too if they name the user as recipient.
+    Returns False once the user is deleted. Other users' idempotency keys are deleted too if the
+    stored answer names the user as recipient.
     """
     some = f"DELETE FROM messages WHERE id IN ({OWN_MESSAGES.ids} LIMIT :most)"
     if db.run(some, user=user["id"], after=0, before=MAX_ID, most=PORTION_ROWS).rowcount:
@@ -2205,7 +2206,7 @@ def handle_failure(home, delivery, reason, what_follows="later", retry_after=Non
     missing_since, failing_since = delivery["missing_since"], delivery["failing_since"]
     is_missing = what_follows == "missing"
     was_missing = missing_since and now() - missing_since >= MISSING_SECONDS
-    # Failures before back_at, the end of Telegram's last outage, are no evidence.
+    # Failures before back_at, the end of Telegram's last outage, do not count.
     is_old = failing_since and max(failing_since, turns.back_at) <= now() - FAILING_SECONDS
     # The previous attempt of this delivery was at due_at - pause.
     others_pass = turns.passed_at >= delivery["due_at"] - delivery["pause"]
@@ -2231,7 +2232,7 @@ def deliver_head(home, chat_id):
 
     Returns Again for the chat's next turn, or None if the queue is empty.
     """
-    # cancel() holds write_lock until its commit: `head` cannot be cancelled before the claim.
+    # cancel() needs write_lock until its commit, so it cannot cancel `head` before the claim.
     with write_lock:
         if not (head := find_head(connection(), home.id, chat_id)):
             return None
@@ -2429,7 +2430,7 @@ def read_update(bot_id, update):
     is_bot, date = pick(sender, "is_bot", bool), of_message("date", int)
     text = read_text(message)
     entities = of_message("entities", list) or of_message("caption_entities", list) or ()
-    # A reply without "is_topic_message" has the id of a thread of replies, not of a topic.
+    # The message_thread_id of a reply is a topic's only if the reply has "is_topic_message".
     is_topic = not replied or of_message("is_topic_message", bool)
     return Heard(
         chat=(bot_id, pick(chat, "id", int)),
@@ -5400,7 +5401,7 @@ class Channel(wasyncore.dispatcher):
             self.handle_write()
 
     def let_go(self, is_stored=True):
-        """Send the made part of the answer. If the commit failed, a 2xx becomes a 503."""
+        """Send the finished part of the answer. If the commit failed, a 2xx becomes a 503."""
         answer = self.answer
         if not self.connected:
             return
