@@ -52,9 +52,9 @@ How to add:
   - A setting: Settings, read_arguments(), read_settings() and README.
   - A route: Routes alone, since OpenAPI is generated from the routes. A route that hashes, writes
     much or writes in a GET needs @waits(), or everybody waits for it.
-  - A field of a message: the last column of its table in schema.sql, an ALTER TABLE there for
-    databases of today's version, SCHEMA_VERSION, SELECT_MESSAGE, A_MESSAGE and README. A field that
-    is known before send_at is a column of the table scheduled too.
+  - A field of a message: the last column of its table in schema.sql, an ALTER TABLE there in a part
+    "Up to version N" for databases of today, SCHEMA_VERSION, SELECT_MESSAGE, A_MESSAGE and README.
+    A field that is known before send_at is a column of the table scheduled too.
   - A change of the data that a list shows: nothing. The triggers of schema.sql count it, for ETags
     and waiting requests, whoever writes. A new table whose rows a list shows needs triggers.
   - A sentence of the bot: Texts. A second language: Texts, and a language of each user to choose
@@ -3133,8 +3133,8 @@ const END = Number.MAX_SAFE_INTEGER, isTouch = matchMedia("(pointer: coarse)").m
 const LINK = /(https?:\/\/\S*[^\s.,:;!?'")\]}>»])/, HOUR = {timeStyle: "short"};
 const $ = (id) => document.getElementById(id), {text, send_at} = $("compose").elements;
 const write = (at, words) => { if (at.textContent !== words) at.textContent = words; };
-const recall = (name) => JSON.parse(sessionStorage.getItem(name)) || {};
-const keep = (name, value) => sessionStorage.setItem(name, JSON.stringify(value));
+const recall = (name, place = sessionStorage) => JSON.parse(place.getItem(name)) || {};
+const keep = (name, value, place = sessionStorage) => place.setItem(name, JSON.stringify(value));
 const session = recall("session"), drafts = recall(`drafts-${session.id}`);
 const marks = `read-${session.id}`, read = {}, known = [];
 let names = [], open = "", other = "", etag, waiting = new AbortController();
@@ -3180,10 +3180,10 @@ function make(tag, properties, ...children) {
 const makeLink = (href, words) => make("a", {href, target: "_blank", rel: "noreferrer"}, words);
 function showPeople(messages = []) {
     if (!session.access) return;
-    Object.assign(read, JSON.parse(localStorage[marks] || "{}"));
+    Object.assign(read, recall(marks, localStorage));
     known.push(...messages);
     if (known.length && other && !document.hidden) read[open] = known.at(-1).id;
-    localStorage[marks] = JSON.stringify(read);
+    keep(marks, read, localStorage);
     const people = new Map([[session.username, {unread: 0}]]);
     for (const last of known) {
         const name = otherOf(last), {unread = 0} = people.get(name) || {};
@@ -3405,9 +3405,9 @@ if (session.access) {
     openConversation();
     watch();
     window.addEventListener("hashchange", openConversation);
-    document.addEventListener("visibilitychange", () => showPeople(waiting.abort()));
+    document.addEventListener("visibilitychange", () => { waiting.abort(); showPeople(); });
     $("stream").addEventListener("scroll", () => { $("below").hidden ||= isAtEnd(); });
-    $("list").addEventListener("click", () => showPeople($("search").value = ""));
+    $("list").addEventListener("click", () => { $("search").value = ""; showPeople(); });
     $("search").addEventListener("input", () => showPeople());
     $("search").addEventListener("focus", () => ask("GET", "api/users/").then(({value}) => {
         names = value.map(({username}) => username);
@@ -3607,11 +3607,20 @@ def call(route, user, values):
     return route(user, **values) if user else route(**values)
 
 
+def read_query():
+    """Return {name: value} of the query string, decoded as UTF-8. Bottle decodes it as Latin-1.
+
+    Invalid bytes become U+FFFD, which is in no username and no other valid value.
+    """
+    sent = request.query.items() if request.query_string else ()
+    return {name: value.encode("latin-1").decode(errors="replace") for name, value in sent}
+
+
 def run(said, route, values):
     """Sign in, read the declared fields, and call the route. Returns the route's result."""
     user = said.sign_in()
     if said.query:
-        values |= read_fields(said.query, request.query if request.query_string else {})
+        values |= read_fields(said.query, read_query())
     if said.body:
         values |= read_fields(said.body, read_body(said), user)
     if local.answer.pool != "patient":
@@ -4385,12 +4394,8 @@ FIELD_ERRORS = component(
 USERNAME_FIELD = NewUsername(tidy=tidy_username, maxLength=MAX_USERNAME, example="alice")
 # A name to look up: the rules for new usernames do not apply, and there may be no such user.
 NAME_FIELD = Text(tidy=tidy_username, example="alice")
-# Bottle decodes a query string as Latin-1, so the name is encoded again and decoded as UTF-8.
-# Invalid bytes become U+FFFD, and no username contains U+FFFD.
 WITH_FIELD = OptionalText(
-    tidy=lambda name: tidy_username(name.encode("latin-1").decode(errors="replace")),
-    example="alice",
-    description="Only the conversation with this user.",
+    tidy=tidy_username, example="alice", description="Only the conversation with this user."
 )
 PASSWORD_FIELD = Text(example="S3cure-pass-91")
 NEW_PASSWORD_FIELD = NewPassword(
@@ -4814,7 +4819,7 @@ def find_recipients(db, user, recipient, reply_to):
     if unknown := [name for name in names if not found[name]]:
         which = "" if is_one else f": {', '.join(unknown)}"
         raise HTTPError(400, {"recipient": [f"No such user{which}."]})
-    return list({user["id"]: user for user in found.values()}.values())
+    return {user["id"]: user for user in found.values()}.values()
 
 
 def read_idempotency_key():
